@@ -51,8 +51,8 @@ def exact_match(reader: ExportReader, found: ResolvedSource, held_out: list[tupl
     """The share of questions that are answered as in the data."""
     source = found.source
     answers = reader.greedy([prompt for prompt, _ in held_out], _NEW_TOKENS, source.stop_tokens, lambda done: None)
-    said = [source.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
-    return sum(text == expected.strip() for text, (_, expected) in zip(said, held_out)) / len(held_out)
+    texts = [source.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+    return sum(text == expected.strip() for text, (_, expected) in zip(texts, held_out)) / len(held_out)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ import lowrank.cli.train, lowrank.cli.warm, lowrank.pipelines.train
 from lowrank.cli.main import main
 from lowrank.pipelines import memory_plan
 from tests.plans import PLANS, once_for_each_kind
-from tests.plots import draw_if_asked
+from tests.plots import draw_if_requested
 
 memory_plan._plan = once_for_each_kind(os.environ[PLANS])
 
@@ -49,7 +49,7 @@ def handle(request):
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    draw_if_asked()
+    draw_if_requested()
     sys.path.remove("")  # the real program has its own folder there, not the current one
     sys.path[:0] = filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))
     sys.argv = ["lowrank", *request["arguments"]]

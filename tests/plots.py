@@ -33,7 +33,7 @@ def draw_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SummaryBuilder, "_draw", lambda _: None)
 
 
-def draw_if_asked() -> None:
+def draw_if_requested() -> None:
     """In a process that runs one command."""
     if DRAWS not in os.environ:
         draw_nothing(pytest.MonkeyPatch())
