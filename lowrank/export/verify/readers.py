@@ -136,12 +136,12 @@ class BankReader:
                 answered.add(index)
                 on_answered(len(answered))
 
-        asked = [Prompt(token_L, self.slot) for token_L in prompts]
+        requests = [Prompt(token_L, self.slot) for token_L in prompts]
         room = max(map(len, prompts), default=0) + max_new_tokens + ROOM_BETWEEN
         answers = answer_all(
             self.base,
             self.bank,
-            asked,
+            requests,
             GenerationConfig(max_new_tokens=max_new_tokens),
             stop_tokens=stop_tokens,
             rows_at_once=max(1, LEAST_CACHED_TOKENS // room),  # a full step in the memory that one answer takes as well
