@@ -12,7 +12,7 @@ import pytest
 
 from lowrank.report.summary import SummaryBuilder
 
-DRAWING = ("tests.report", "tests.test_file_modes", "tests.train.test_stop_signal")
+DRAWING = ("tests.cli.test_demo", "tests.report", "tests.test_file_modes", "tests.train.test_stop_signal")
 """Test modules, or packages of them, whose runs draw."""
 DRAWS = "LOWRANK_TESTS_DRAW"
 """The environment variable that says so to the processes they fork (tests/command_line.py)."""
