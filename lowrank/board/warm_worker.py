@@ -52,6 +52,8 @@ class WorkerResult:
 
 @dataclass
 class _Request:
+    child: subprocess.Popen[bytes]
+    """The worker that was asked."""
     done: threading.Event = field(default_factory=threading.Event)
     pid: int | None = None
     code: int | None = None
@@ -88,15 +90,11 @@ class WarmWorker:
     def close(self) -> None:
         """End the worker; requests that wait raise Superseded."""
         with self._lock:
-            child, self._child = self._child, None
-            if child is not None:
-                _kill_group(child)
+            self._end_child()
             for request in self._requests.values():
                 request.superseded = True
                 request.done.set()
             self._requests.clear()
-        if child is not None:
-            child.communicate()
 
     def close_if_idle(self) -> None:
         """End the worker after some minutes without a request."""
@@ -106,16 +104,16 @@ class WarmWorker:
             self.close()
 
     def _warm(self, arguments: Sequence[str], out: Path, err: Path, topic: str) -> int:
-        request = _Request()
         with self._lock:
             older = self._requests.get(self._topics.get(topic, 0))
             if older is not None:
                 older.superseded = True
                 _kill(older.pid)  # if it is not known yet, `_listen` kills it
+            child = self._running()
+            request = _Request(child)
             self._number += 1
             number, self._last_request = self._number, time.monotonic()
             self._requests[number], self._topics[topic] = request, number
-            child = self._running()
             assert child.stdin is not None
             line = {"id": number, "arguments": list(arguments), "out": str(out), "err": str(err)}
             with contextlib.suppress(BrokenPipeError):
@@ -135,30 +133,46 @@ class WarmWorker:
                 self._last_request = time.monotonic()
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._child is None or self._child.poll() is not None:
+        if self._child is not None and self._child.poll() is not None:
+            self._end_child()
+        if self._child is None:
             self._child = children.start_warm_worker(self._folder)
             threading.Thread(target=self._listen, args=(self._child,), name="warm worker", daemon=True).start()
         return self._child
 
+    def _end_child(self) -> None:
+        """Kill the worker with its forks, of which one may have begun that it has not told of. `_listen` closes its
+        output."""
+        child, self._child = self._child, None
+        if child is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # it began a session
+        child.wait()
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.close()
+
     def _listen(self, child: subprocess.Popen[bytes]) -> None:
         assert child.stdout is not None
-        for line in child.stdout:
-            reply = json.loads(line)
-            with self._lock:
-                request = self._requests.get(reply.get("id", 0))
-                if request is None:
-                    continue
-                request.pid = reply.get("pid", request.pid)
-                if request.superseded:
-                    _kill(request.pid)
-                if "code" in reply:
-                    request.code = reply["code"]
-                    request.done.set()
+        with child.stdout:
+            for line in child.stdout:
+                reply = json.loads(line)
+                with self._lock:
+                    request = self._requests.get(reply.get("id", 0))
+                    if request is None:
+                        continue
+                    request.pid = reply.get("pid", request.pid)
+                    if request.superseded:
+                        _kill(request.pid)
+                    if "code" in reply:
+                        request.code = reply["code"]
+                        request.done.set()
         with self._lock:  # it died: nobody waits for it any more
             if self._child is child:
-                _kill_group(child)
-            if self._child is child or self._child is None:
-                for request in self._requests.values():
+                self._end_child()
+            for request in self._requests.values():
+                if request.child is child:
                     request.done.set()
 
     def _cold(self, arguments: Sequence[str], out: Path, err: Path) -> int:
@@ -180,12 +194,6 @@ def _kill(pid: int | None) -> None:
     if pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
-
-
-def _kill_group(child: subprocess.Popen[bytes]) -> None:
-    """The worker and its forks, of which one may have begun that it has not told of: it started a session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _text(path: Path) -> str:

@@ -55,8 +55,6 @@ class _WarmWorker:
         """Its exit code, once it is over."""
         return self._child.poll()
 
-    def communicate(self) -> None:
-        """Wait for its end; by then a reader has seen the end of its output."""
-        self._child.wait()
-        self.stdin.close()
-        self.stdout.close()
+    def wait(self) -> int:
+        """Until it has ended."""
+        return self._child.wait()

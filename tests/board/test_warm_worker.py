@@ -136,8 +136,8 @@ serve_requests(handle)
 """
 
 
-def test_a_request_superseded_before_it_began_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its fork is made later, opens files in a folder that must still be there, and would run on unseen."""
+def _slow_workers(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """Workers whose forks end by being killed alone; those that were started."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(cwd: Path) -> subprocess.Popen[bytes]:
@@ -147,6 +147,12 @@ def test_a_request_superseded_before_it_began_is_ended(tmp_path: Path, monkeypat
         return started[-1]
 
     monkeypatch.setattr(children, "start_warm_worker", start)
+    return started
+
+
+def test_a_request_superseded_before_it_began_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fork is made later, opens files in a folder that must still be there, and would run on unseen."""
+    started = _slow_workers(monkeypatch)
     worker, received = WarmWorker(tmp_path, tmp_path / "worker"), []
 
     def request() -> None:
@@ -155,13 +161,37 @@ def test_a_request_superseded_before_it_began_is_ended(tmp_path: Path, monkeypat
         except Superseded:
             received.append("superseded")
 
-    threads = [threading.Thread(target=request) for _ in range(3)]
+    threads = [threading.Thread(target=request, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
     _until(lambda: len(received) == 2 and len(psutil.Process(started[0].pid).children()) == 1)
     (newest,) = psutil.Process(started[0].pid).children()
     worker.close()
     _until(lambda: len(received) == 3 and not _lives(newest))
+    assert not list((tmp_path / "worker").iterdir())
+
+
+def test_nobody_waits_for_a_worker_that_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the next one is started before its end is noticed: its fork holds its output open."""
+    started = _slow_workers(monkeypatch)
+    worker, received = WarmWorker(tmp_path, tmp_path / "worker"), dict[str, object]()
+
+    def request(topic: str) -> None:
+        try:
+            received[topic] = worker.run(["plan"], topic=topic).code
+        except Superseded:
+            received[topic] = "superseded"
+
+    threading.Thread(target=request, args=["one"], daemon=True).start()
+    _until(lambda: len(started) == 1 and len(psutil.Process(started[0].pid).children()) == 1)
+    first = psutil.Process(started[0].pid)
+    (fork,) = first.children()
+    first.kill()
+    _until(lambda: not _lives(first))
+    threading.Thread(target=request, args=["other"], daemon=True).start()
+    _until(lambda: received == {"one": 1} and len(started) == 2 and not _lives(fork))
+    worker.close()
+    _until(lambda: received == {"one": 1, "other": "superseded"})
     assert not list((tmp_path / "worker").iterdir())
 
 
