@@ -47,11 +47,9 @@ def once_for_each_kind(folder: str | Path) -> Callable[[RunConfig, Sequence[Prep
             return None, MemoryPlan(StepBytes(**step), pictures=PlannedMedia(**pictures) if pictures else None, **saved)
         found = plan(config, data)
         if not isinstance(found, Exception) and found[1].fits:
-            saved = found[1].as_dict()
+            saved = {key: value for key, value in found[1].as_dict().items() if key not in ("peak", "fits")}
             for file in files:
-                write_text(
-                    file, json.dumps({key: value for key, value in saved.items() if key not in ("peak", "fits")})
-                )
+                write_text(file, json.dumps(saved))
         return found
 
     return planned
@@ -67,10 +65,8 @@ def _kinds(config: RunConfig, data: Sequence[Prepared]) -> list[str] | None:
         return None
     model = config.model.model_dump(mode="json", exclude={"path"})
     settings = [config.micro_batch_tokens, config.lanes, config.devices, config.base, config.shard_size]
-    return [
-        json.dumps([Path(config.model.path).name, base.to_dict(), model, settings, _kind(job, own)], default=str)
-        for job, own in zip(config.jobs, data)
-    ]
+    given = [Path(config.model.path).name, base.to_dict(), model, settings]
+    return [json.dumps([*given, _kind(job, own)], sort_keys=True, default=str) for job, own in zip(config.jobs, data)]
 
 
 def _kind(job: JobConfig, own: Prepared) -> list[Any]:

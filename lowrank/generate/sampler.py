@@ -10,12 +10,10 @@ from lowrank.generate.generator import Generator, GeneratorConfig
 from lowrank.generate.request import Answer, GenerationConfig, Prompt, TokenChunk
 from lowrank.models.base import Base
 
-__all__ = ["GenerationConfig", "Prompt", "TokenChunk", "answer_all", "generate"]
+__all__ = ["GenerationConfig", "Prompt", "answer_all", "generate"]
 
-LEAST_CACHED_TOKENS = 4096
+_LEAST_CACHED_TOKENS = 4096
 """Of the KV cache, however few are asked for."""
-ROOM_BETWEEN = 256
-"""Tokens of the KV cache for each prompt, beside its own and its answer's."""
 
 
 def generate(
@@ -51,20 +49,22 @@ def answer_all(
     config: GenerationConfig,
     *,
     stop_tokens: frozenset[int],
-    rows_at_once: int = 64,
+    rows_at_once: int | None = 64,
     on_chunk: Callable[[int, TokenChunk], None] | None = None,
     compiled: CompiledDecoding | None = None,
 ) -> list[Answer]:
-    """An answer for each prompt, in the order given. `on_chunk` is called with each (index of the prompt,
-    chunk) as it comes.
+    """An answer for each prompt, in the order given. `rows_at_once`: None: as many as the KV cache holds that a single
+    short one takes as well. `on_chunk` is called with each (index of the prompt, chunk) as it comes.
     `compiled`: the base's compiled layers, to answer through them.
 
     An adapter that gives NaN has answers with `error`, and disturbs nobody. Raises RequestError.
     """
     lengths = [bank.num_virtual(prompt.slot) + len(prompt.token_L) for prompt in prompts]
-    longest = max(lengths, default=0) + config.max_new_tokens
-    room = min(rows_at_once, max(1, len(prompts))) * (longest + ROOM_BETWEEN)
-    settings = GeneratorConfig(max_num_seqs=rows_at_once, kv_cache_tokens=max(room, LEAST_CACHED_TOKENS))
+    tokens_of_row = max(lengths, default=0) + config.max_new_tokens + 256
+    if rows_at_once is None:
+        rows_at_once = max(1, _LEAST_CACHED_TOKENS // tokens_of_row)
+    room = min(rows_at_once, max(1, len(prompts))) * tokens_of_row
+    settings = GeneratorConfig(max_num_seqs=rows_at_once, kv_cache_tokens=max(room, _LEAST_CACHED_TOKENS))
     generator = Generator(base, bank, settings, compiled)
     generations = []
     for index, prompt in enumerate(prompts):

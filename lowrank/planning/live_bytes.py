@@ -33,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE and isinstance(args[0], FakeTensor):  # half of all calls on fake tensors
             return args[0].fake_device
-        result = func(*args, **kwargs) if kwargs else func(*args)
+        result = func(*args, **(kwargs or {}))
         for each in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(each, torch.Tensor):
                 self._see(each)

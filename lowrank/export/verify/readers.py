@@ -19,7 +19,8 @@ from lowrank.checkpoints.peft_layout import AdapterOnDisk
 from lowrank.errors import ModelError
 from lowrank.export import ImageQuestion
 from lowrank.export.source import Source
-from lowrank.generate.sampler import LEAST_CACHED_TOKENS, ROOM_BETWEEN, GenerationConfig, Prompt, TokenChunk, answer_all
+from lowrank.generate.request import TokenChunk
+from lowrank.generate.sampler import GenerationConfig, Prompt, answer_all
 from lowrank.media.decoding import examine, from_pillow
 from lowrank.media.limits import MediaLimits
 from lowrank.media.processor import MediaProcessor, processor_of
@@ -137,14 +138,13 @@ class BankReader:
                 on_answered(len(answered))
 
         requests = [Prompt(token_L, self.slot) for token_L in prompts]
-        room = max(map(len, prompts), default=0) + max_new_tokens + ROOM_BETWEEN
         answers = answer_all(
             self.base,
             self.bank,
             requests,
             GenerationConfig(max_new_tokens=max_new_tokens),
             stop_tokens=stop_tokens,
-            rows_at_once=max(1, LEAST_CACHED_TOKENS // room),  # a full step in the memory that one answer takes as well
+            rows_at_once=None,
             on_chunk=on_chunk,
         )
         return [answer.tokens for answer in answers]

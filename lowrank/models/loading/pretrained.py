@@ -16,7 +16,7 @@ from lowrank.models.base import Base
 from lowrank.models.checkpointing.activation_checkpointing import set_activation_checkpointing
 from lowrank.models.checkpointing.memory_efficient_modules import same_bits, use_memory_efficient_modules
 from lowrank.models.checks.isolation import LIKE_THE_FIRST_CHATGLM, check_head, choose_layout
-from lowrank.models.checks.kv_cache import kv_cache_mismatch
+from lowrank.models.checks.kv_cache import known_kv_cache_mismatch
 from lowrank.models.config import FreezeConfig, ModelConfig
 from lowrank.models.config_numbers import check_stored
 from lowrank.models.freezing import train_everything, train_only
@@ -191,7 +191,7 @@ def _wrap_layers(base: Base, config: ModelConfig, why_padded: str | None, train_
     assert base.layer_wrapper is not None
     for module in base.layer_wrapper.added:
         module.requires_grad_(train_all)
-    apart = kv_cache_mismatch(base)
+    apart = known_kv_cache_mismatch(base)
     if apart is not None:
         raise ModelError(f"{where}: this base cannot be converted: {apart}")
 
