@@ -2,7 +2,8 @@
 than the few steps of a tiny model.
 
 What a plan may refuse is still asked every time, and the modules named below plan every run. Plans lie in a folder
-that pytest's workers and the processes they fork share.
+that pytest's workers and the processes they fork share. What plans is imported where it is used: pytest's first
+process, which only hands out tests, reads this file too, and its workers wait for it.
 """
 
 from __future__ import annotations
@@ -12,18 +13,15 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from lowrank.checkpoints.atomic import write_text
-from lowrank.config import JobConfig, RunConfig
-from lowrank.data.prepare import Prepared
-from lowrank.models.layer_wrappers import saved_wrapper
-from lowrank.pipelines import memory_plan
-from lowrank.planning.memory import PlannedMedia, StepBytes
-from lowrank.planning.plan import MemoryPlan
-from lowrank.planning.simulation import read_config
+
+if TYPE_CHECKING:
+    from lowrank.config import JobConfig, RunConfig
+    from lowrank.data.prepare import Prepared
 
 EVERY_TIME = ("tests.planning", "tests.search", "tests.test_model_settings")
 """Test modules, or packages of them, whose runs are all planned."""
@@ -33,6 +31,10 @@ PLANS = "LOWRANK_TESTS_PLANS"
 
 def once_for_each_kind(folder: str | Path) -> Callable[[RunConfig, Sequence[Prepared]], Any]:
     """What stands in for `memory_plan._plan`."""
+    from lowrank.pipelines import memory_plan
+    from lowrank.planning.memory import PlannedMedia, StepBytes
+    from lowrank.planning.plan import MemoryPlan
+
     plan = memory_plan._plan
 
     def planned(config: RunConfig, data: Sequence[Prepared]) -> Any:
@@ -57,6 +59,9 @@ def once_for_each_kind(folder: str | Path) -> Callable[[RunConfig, Sequence[Prep
 
 def _kinds(config: RunConfig, data: Sequence[Prepared]) -> list[str] | None:
     """Of each job, all that may make a plan of it fail, and nothing of sizes; None for what is planned every time."""
+    from lowrank.models.layer_wrappers import saved_wrapper
+    from lowrank.planning.simulation import read_config
+
     try:
         base = read_config(config.model)
     except Exception:  # planned, to say so
@@ -101,6 +106,8 @@ def _plan_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True, scope="module")
 def _plans(request: pytest.FixtureRequest, _plan_folder: Path) -> Iterator[None]:
     """Runs of jobs of one kind share a memory plan."""
+    from lowrank.pipelines import memory_plan
+
     with pytest.MonkeyPatch.context() as patch:
         if not request.module.__name__.startswith(EVERY_TIME):
             patch.setattr(memory_plan, "_plan", once_for_each_kind(_plan_folder))

@@ -20,6 +20,8 @@ import lowrank.kernels
 triton = pytest.importorskip("triton")
 
 CARDS = {75: "T4, RTX 20", 80: "A100", 86: "RTX 30, A10", 89: "RTX 40, L4", 90: "H100, H200"}
+ENDS = (75, 90)
+"""The oldest and the newest, for which the default suite builds; `make test-slow` builds for all."""
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}
 """KiB that one block may have (CUDA C++ programming guide, table of compute capabilities): more compiles, and then does
 not start."""
@@ -171,7 +173,10 @@ def some_of(builds: list[Build], capability: int) -> list[Build]:
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every-form"])
-@pytest.mark.parametrize("capability", CARDS, ids=lambda capability: f"sm_{capability}")
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(each, marks=() if each in ENDS else pytest.mark.slow, id=f"sm_{each}") for each in CARDS],
+)
 def test_every_kernel_compiles(capability: int, every: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To machine code, with Triton's compiler and NVIDIA's assembler, which need no driver: each kernel in the
     dtype of each card, and in the slow suite each of its forms in each dtype."""

@@ -101,7 +101,7 @@ def as_former(run: Path) -> None:
         path.write_text(json.dumps(content), encoding="utf-8")
 
 
-@pytest.mark.parametrize("former", [False, True])
+@pytest.mark.parametrize("former", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_and_resumed_each_command_counts_once(world: Path, tmp_path: Path, former: bool) -> None:
     """Killed after step 9, the run goes on from step 4: what was sent between happens again, at its step, to the
     same bits; what came before is in the checkpoint."""
