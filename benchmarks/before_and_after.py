@@ -22,9 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks import workload
+from benchmarks.earlier_commit import HERE, checked_out
 from benchmarks.machine import load
-
-HERE = Path(__file__).parents[1]
 
 
 def run(tree: Path, spec: Path, result: Path) -> dict[str, Any]:
@@ -46,32 +45,29 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"before": [], "after": []}
     losses: dict[str, list[float]] = {}
     loads = []
-    with tempfile.TemporaryDirectory() as place:
-        folder, before = Path(place), Path(place) / "before"
-        subprocess.run(["git", "worktree", "add", "--detach", str(before), options.commit], check=True, cwd=HERE)
-        try:
-            # a small vocabulary: the head's products would be most of a step of few layers
-            work = workload.prepare(
-                folder / "work", None, 64, {"num_hidden_layers": options.layers, "vocab_size": 8192}
-            )
-            spec = {
-                "folder": str(folder / "work"),
-                "steps": work.packed(options.tokens)[: options.steps + 1],
-                "device": "cpu",
-                "rank": 16,
-                "learning_rate": 2e-4,
-                "micro_batch_tokens": options.tokens,
-            }
-            (folder / "spec.json").write_text(json.dumps(spec))
-            for number in range(options.rounds):
-                sides = (("before", before), ("after", HERE))
-                for name, tree in sides[:: 1 if number % 2 else -1]:
-                    steps = run(tree, folder / "spec.json", folder / "result.json")["steps"]
-                    seconds[name].append(statistics.median(step["cpu_seconds"] for step in steps[1:]))
-                    losses[name] = [step["loss"] for step in steps]
-                    loads.append(load())
-        finally:
-            subprocess.run(["git", "worktree", "remove", "--force", str(before)], check=True, cwd=HERE)
+    with (
+        tempfile.TemporaryDirectory() as place,
+        checked_out(options.commit, Path(place) / "before") as before,
+    ):
+        folder = Path(place)
+        # a small vocabulary: the head's products would be most of a step of few layers
+        work = workload.prepare(folder / "work", None, 64, {"num_hidden_layers": options.layers, "vocab_size": 8192})
+        spec = {
+            "folder": str(folder / "work"),
+            "steps": work.packed(options.tokens)[: options.steps + 1],
+            "device": "cpu",
+            "rank": 16,
+            "learning_rate": 2e-4,
+            "micro_batch_tokens": options.tokens,
+        }
+        (folder / "spec.json").write_text(json.dumps(spec))
+        for number in range(options.rounds):
+            sides = (("before", before), ("after", HERE))
+            for name, tree in sides[:: 1 if number % 2 else -1]:
+                steps = run(tree, folder / "spec.json", folder / "result.json")["steps"]
+                seconds[name].append(statistics.median(step["cpu_seconds"] for step in steps[1:]))
+                losses[name] = [step["loss"] for step in steps]
+                loads.append(load())
     ratios = [after / before for before, after in zip(seconds["before"], seconds["after"])]
     found = {
         "commit": options.commit,

@@ -19,9 +19,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.earlier_commit import HERE, checked_out
 from benchmarks.machine import describe, load
 
-HERE = Path(__file__).parents[1]
 COMMANDS = ("data", "plan")
 ROWS = 2000
 SETTINGS = """\
@@ -56,16 +56,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found: dict[str, dict[str, list[float]]] = {command: {"before": [], "after": []} for command in COMMANDS}
-    with tempfile.TemporaryDirectory() as name:
-        folder, before = Path(name, "work"), Path(name, "before")
-        folder.mkdir()
+    with (
+        tempfile.TemporaryDirectory() as place,
+        checked_out(options.commit, Path(place) / "before") as before,
+    ):
+        folder = Path(place)
         rows = [
             {"instruction": f"Add {n} and {n % 7}.", "input": "", "output": f"It is {n + n % 7}."} for n in range(ROWS)
         ]
         (folder / "rows.json").write_text(json.dumps(rows))
         (folder / "run.yaml").write_text(SETTINGS)
-        subprocess.run(["git", "clone", "--quiet", str(HERE), str(before)], check=True)
-        subprocess.run(["git", "checkout", "--quiet", options.commit], check=True, cwd=before)
         for turn in range(options.rounds + 1):
             for command in COMMANDS:
                 for side, tree in (("before", before), ("after", HERE)):
@@ -73,15 +73,11 @@ def main() -> None:
                     if turn:
                         found[command][side].append(seconds)
     for command, sides in found.items():
-        before_s, after_s = sides["before"], sides["after"]
-        ratios = [after / before for before, after in zip(before_s, after_s)]
-        middle, seconds = (
-            statistics.median(ratios),
-            f"{statistics.median(before_s):.2f} and {statistics.median(after_s):.2f}",
-        )
+        ratios = [after / before for before, after in zip(sides["before"], sides["after"])]
+        middles = " and ".join(f"{statistics.median(seconds):.2f}" for seconds in sides.values())
         print(
-            f"lowrank {command}: {middle:.2f} of {options.commit} ({min(ratios):.2f} to {max(ratios):.2f}); "
-            f"processor seconds {seconds}"
+            f"lowrank {command}: {statistics.median(ratios):.2f} of {options.commit} ({min(ratios):.2f} to "
+            f"{max(ratios):.2f}); processor seconds {middles}"
         )
     print(f"load {load()}")
     if options.json:

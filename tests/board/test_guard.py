@@ -217,22 +217,22 @@ def test_giant_and_slow_uploads_end(running: Running) -> None:
         assert http.post("/api/upload", params={"name": "a.json"}, content=pieces).status_code == 413
         cookie = f"lowrank_board_{running.port}={http.cookies[f'lowrank_board_{running.port}']}"
     head = f"POST /api/upload?name=a.json HTTP/1.1\r\nHost: 127.0.0.1:{running.port}\r\nOrigin: {running.url}\r\n"
-    with socket.create_connection(("127.0.0.1", running.port), timeout=60) as slow:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=10) as slow:
         slow.sendall(f"{head}Cookie: {cookie}\r\nContent-Length: 100\r\n\r\n[".encode())
         begun = time.monotonic()
         assert b" 408 " in slow.recv(4096)
-        assert time.monotonic() - begun > 1
+        assert 1 < time.monotonic() - begun < 8
     assert not [
         path for path in running.board.places.uploads.iterdir() if "partial" in path.name or path.name == "a.json"
     ]
 
 
 def test_a_header_that_never_ends_is_cut_off(running: Running) -> None:
-    with socket.create_connection(("127.0.0.1", running.port), timeout=60) as slow:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=20) as slow:
         slow.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ")
         begun = time.monotonic()
         assert b" 200 " not in slow.recv(4096)
-        assert time.monotonic() - begun > 1
+        assert 1 < time.monotonic() - begun < 8
 
 
 def test_many_open_streams_leave_the_page_alone(running: Running) -> None:
@@ -244,7 +244,7 @@ def test_many_open_streams_leave_the_page_alone(running: Running) -> None:
     statuses: list[bytes] = []
     try:
         for _ in range(1000):
-            stream = socket.create_connection(("127.0.0.1", running.port), timeout=60)
+            stream = socket.create_connection(("127.0.0.1", running.port), timeout=20)
             streams.append(stream)
             stream.sendall(request)
             statuses.append(stream.recv(12))

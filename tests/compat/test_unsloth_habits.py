@@ -225,5 +225,5 @@ def test_a_time_limit() -> None:
     started = time.monotonic()
     with pytest.raises(TimeoutError, match=r"more than 0\.2 s"):
         forever()
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 5
     assert execute_with_time_limit(5)(lambda x: x + 1)(1) == 2

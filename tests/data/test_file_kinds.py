@@ -254,7 +254,7 @@ def test_a_pipe_that_nobody_writes_to_is_given_up(tmp_path: Path, monkeypatch: p
     started = time.monotonic()
     with pytest.raises(DataError, match="nothing came through this pipe"):
         read(tmp_path / "pipe")
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 5
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence(
@@ -267,4 +267,4 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(
     with pytest.raises(DataError, match=r"cannot be loaded from the hub .*http://127\.0\.0\.1:9 cannot be reached"):
         read("nobody/nothing")
     assert "Retrying" not in capfd.readouterr().err
-    assert time.monotonic() - started < 100
+    assert time.monotonic() - started < 30

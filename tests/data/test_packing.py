@@ -48,7 +48,7 @@ def test_best_fit_of_many() -> None:
     lengths = [min(8192, int(draw.lognormvariate(5.5, 1))) + 1 for _ in range(200_000)]
     began = time.process_time()
     bins = best_fit(lengths, 8192)
-    assert time.process_time() - began < 20  # quadratic would take minutes
+    assert time.process_time() - began < 5  # quadratic would take minutes
     assert len(bins) <= 1.02 * sum(lengths) / 8192
 
 

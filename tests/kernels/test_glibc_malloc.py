@@ -18,7 +18,7 @@ from lowrank.kernels.glibc_malloc import keep_freed_memory
 
 def fresh_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for size in range(40):
+    for size in range(100):
         assert torch.ones((8 << 20) + 4096 * size).sum() > 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -30,8 +30,8 @@ print(usual, fresh_pages())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's")
 def test_harmless_to_call_twice_and_freed_blocks_are_used_again() -> None:
-    """In a process of its own, since the setting is the process's. 40 blocks of 32 MiB in turn take the pages of one
-    to six, by how the heap lies, where they took those of forty."""
+    """In a process of its own, since the setting is the process's. 100 blocks of 32 MiB in turn take the pages of one
+    to six, by how the heap lies, where they took those of a hundred."""
     done = subprocess.run([sys.executable, "-c", TAKE_AND_FREE], capture_output=True, text=True, check=True)
     usual, kept = map(int, done.stdout.split())
     assert kept < usual / 4

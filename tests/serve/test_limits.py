@@ -93,12 +93,12 @@ def test_too_large_too_slow_or_no_json(server: Running) -> None:
     assert "JSON" in http.post("/v1/chat/completions", content=b"{", headers={"Content-Type": "application/json"}).text
     assert http.get("/nowhere").json()["error"]["message"].startswith("GET /nowhere is not served here")
     address = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((address[0], int(address[1])), timeout=60) as slow:
+    with socket.create_connection((address[0], int(address[1])), timeout=10) as slow:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
         slow.sendall((head + "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{").encode())
         started = time.monotonic()
         assert b" 408 " in slow.recv(4096)
-        assert time.monotonic() - started > 0.5
+        assert 0.5 < time.monotonic() - started < 8
 
 
 def test_a_full_queue_says_when_to_come_back_and_who_leaves_makes_room(server: Running) -> None:
@@ -119,7 +119,7 @@ def test_a_client_that_leaves_while_it_waits_for_a_whole_answer_frees_its_slot(s
     before, answered = _counter(server, "lowrank_requests_cancelled_total"), _counter(server, ANSWERED)
     address = server.url.removeprefix("http://").split(":")
     body = json.dumps({**long(server), "stream": False}).encode()
-    with socket.create_connection((address[0], int(address[1])), timeout=60) as leaving:
+    with socket.create_connection((address[0], int(address[1])), timeout=10) as leaving:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
         leaving.sendall(
             (head + f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
