@@ -16,7 +16,7 @@ import numpy as np
 from lowrank.data.chat.rendering import Renderer
 from lowrank.errors import DataError, ModelError
 from lowrank.export import ExportReader, ImageQuestion, ImageReader, ReadBack, Tolerance
-from lowrank.export.verify.compare import STANDARD_ERRORS_ALLOWED, Comparison, build_comparison, kl_of
+from lowrank.export.verify.compare import Comparison, build_comparison, kl_of
 from lowrank.export.verify.readers import BankReader
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError
 from lowrank.generate.sampler import generate
@@ -82,7 +82,7 @@ def compare_images(read_back: ReadBack, reader: ExportReader, answer: ImageAnswe
     assert isinstance(reader, ImageReader)
     own_KV, length = reader.image_logprobs(answer.question)
     name = f"{read_back.name}, asked about a picture" if read_back.compares_text else read_back.name
-    read_back = replace(read_back, name=name, against=None, tolerance=_of_few(read_back.tolerance, len(own_KV)))
+    read_back = replace(read_back, name=name, against=None)
     answer_K = answer.logprob_KV.argmax(1)
     bare = None if answer.base_logprob_KV is None else _losses(answer.base_logprob_KV, answer_K)
     same_K = own_KV.argmax(1) == answer_K
@@ -119,13 +119,6 @@ def _lost_by_tower(answer: ImageAnswer, own_F: np.ndarray) -> str | None:
             f"{_TOWER_LOST:.0%} is expected"
         )
     return None
-
-
-def _of_few(tolerance: Tolerance, places: int) -> Tolerance:
-    """As it is held over so few places: how many of them have another likeliest token is a matter of chance."""
-    wanted = tolerance.top1_agreement
-    error = math.sqrt(wanted * (1 - wanted) / places)
-    return replace(tolerance, top1_agreement=wanted - STANDARD_ERRORS_ALLOWED * error)
 
 
 def synthetic_image(side: int) -> np.ndarray:
