@@ -73,6 +73,9 @@ MAY_RUN_CODE = frozenset(COMMANDS) - {"board", "quantize", "doctor", "deploy", "
 LOADS_WEIGHTS = frozenset({"train", "demo", "chat", "quantize", "serve", "predict", "eval", "export", "deploy"})
 """Commands whose process is for a model alone, so that they may set the allocator up for it."""
 
+ONLY_LOOKS = frozenset({"data", "plan", "show"})
+"""Commands that read and print, so that most of their time is imports."""
+
 _ALLOW_CODE = Annotated[
     bool,
     typer.Option(
@@ -212,8 +215,8 @@ def _main(arguments: list[str] | None) -> None:
             from lowrank.kernels.glibc_malloc import start_again_without_cache
 
             start_again_without_cache()
-        if arguments[:1] in (["data"], ["plan"]):
-            gc.set_threshold(50_000, 20, 100)  # imports make little garbage; to look for it takes a seventh of the time
+        if set(arguments[:1]) & ONLY_LOOKS:
+            gc.set_threshold(1_000_000)  # imports make little garbage; to look for it takes a seventh of the time
     if arguments[:1] and arguments[0] in LOADS_WEIGHTS:
         from lowrank.kernels.device_memory import use_expandable_segments
         from lowrank.kernels.glibc_malloc import keep_freed_memory
@@ -289,12 +292,15 @@ def _closing(kind: str, message: str, code: int) -> dict[str, Any]:
 
 def _report_error(error: BaseException, message: str, code: int, as_json: bool) -> int:
     message = shortened(message)
-    if as_json:
-        if isinstance(error, LowrankError):
-            kind = type(error).__name__
-        else:
-            kind = {1: "UnexpectedError", 130: "Interrupted"}.get(code, "CommandLineError")
-        print(json.dumps(_closing(kind, message, code), ensure_ascii=False))
+    if isinstance(error, LowrankError):
+        kind = type(error).__name__
     else:
-        typer.secho(visible(message), fg=typer.colors.RED, err=True)
+        kind = {1: "UnexpectedError", 130: "Interrupted"}.get(code, "CommandLineError")
+    try:
+        if as_json:
+            print(json.dumps(_closing(kind, message, code), ensure_ascii=False), flush=True)
+            return code
+    except OSError:  # the error may be that nothing can be written there: a full disk, a reader that is gone
+        pass
+    typer.secho(visible(message), fg=typer.colors.RED, err=True)
     return code

@@ -54,21 +54,21 @@ class RowBucket:
 
     def own_alone(self, x_PR: torch.Tensor) -> torch.Tensor:
         """`x_PR`, whose other rows are made zero in place."""
-        if not self.is_exact:
-            x_PR[: self.inside.start] = 0
-            x_PR[self.inside.stop :] = 0
+        for rows in self._filler():
+            x_PR[rows.start - self.start : rows.stop - self.start].zero_()
         return x_PR
 
     def add(self, y_TO: torch.Tensor, h_PR: torch.Tensor, B_RO: torch.Tensor, scale: float) -> None:
         """y += scale * h B on the slot's rows; the other rows stay as they are, to the bit."""
-        if self.is_exact:
-            y_TO[self.rows].addmm_(h_PR, B_RO, alpha=scale)
-            return
-        around = slice(self.start, self.first), slice(self.end, self.stop)
-        others = [y_TO[rows].clone() for rows in around]
+        others = [(y_TO[rows], y_TO[rows].clone()) for rows in self._filler()]
         y_TO[self.rows].addmm_(h_PR, B_RO, alpha=scale)
-        for rows, values in zip(around, others):
-            y_TO[rows] = values
+        for filler, values in others:
+            filler.copy_(values)
+
+    def _filler(self) -> list[slice]:
+        """The rows of the stream before and behind the slot's own, where there are any."""
+        around = slice(self.start, self.first), slice(self.end, self.stop)
+        return [rows for rows in around if rows.start < rows.stop]
 
     def contract(self, x_PR: torch.Tensor, y_PD: torch.Tensor) -> torch.Tensor:
         """x^T y over the slot's rows. One of the two is zero in all others; that the other one may not be finite there

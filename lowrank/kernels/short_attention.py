@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowrank.kernels.precision import float32_or_wider
@@ -60,17 +61,17 @@ def short_attention(
 
 
 def _padded(lengths: tuple[int, ...]) -> _Padded:
-    same: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        same.setdefault(-(-length // _MULTIPLE) * _MULTIPLE, []).append(index)
-    starts: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
-    groups, row = [], 0
-    for padded, members in same.items():
+    length_D = np.array(lengths)
+    padded_D = -(-length_D // _MULTIPLE) * _MULTIPLE
+    start_D, groups, row = np.empty_like(length_D), [], 0
+    for padded in dict.fromkeys(padded_D.tolist()):
+        members = np.flatnonzero(padded_D == padded)
         groups.append((row, len(members), padded))
-        for index in members:
-            starts[index] = torch.arange(row, row + lengths[index])
-            row += padded
-    return _Padded(row, torch.cat(starts), tuple(groups))
+        start_D[members] = row + padded * np.arange(len(members))
+        row += padded * len(members)
+    first_D = np.cumsum(length_D) - length_D
+    place_T = np.arange(length_D.sum()) + np.repeat(start_D - first_D, length_D)
+    return _Padded(row, torch.tensor(place_T), tuple(groups))
 
 
 class _ShortAttention(torch.autograd.Function):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lowrank import __main__ as entry
 from lowrank.cli.main import main
 from tests.releases import since
 
@@ -57,6 +58,59 @@ def test_a_cold_command_seldom_looks_for_garbage(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(SystemExit):
             main()
         assert len(given) == expected
+
+
+ENDING = """
+import atexit
+from lowrank.cli.quick_exit import QuickExit
+class Kept:
+    def __del__(self): print("freed")
+kept, ending = Kept(), QuickExit()
+atexit.register(print, "registered later")
+print("a result")
+ending.code = {code}
+"""
+
+
+@pytest.mark.parametrize(("code", "end"), [(3, ""), (0, ""), (None, "freed\n")])
+def test_a_quick_exit_frees_nothing_and_leaves_nothing_out(code: int | None, end: str) -> None:
+    done = subprocess.run([sys.executable, "-c", ENDING.format(code=code)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code or 0, "")
+    assert done.stdout == "a result\nregistered later\n" + end
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [("data", ["--help"], [0]), ("show", ["nothing.yaml"], [2]), ("jobs", ["--help"], []), ("report", ["--help"], [])],
+)
+def test_what_only_looks_ends_quickly(
+    monkeypatch: pytest.MonkeyPatch, name: str, arguments: list[str], expected: list[int]
+) -> None:
+    """With the code that the command had."""
+    made: list[Recorded] = []
+
+    class Recorded:
+        code: int | None = None
+
+        def __init__(self) -> None:
+            made.append(self)
+
+    monkeypatch.setattr(entry, "QuickExit", Recorded)
+    monkeypatch.setattr(gc, "set_threshold", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["lowrank", name, *arguments])
+    with pytest.raises(SystemExit):
+        entry.run()
+    assert [each.code for each in made] == expected
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Linux device that is always full")
+@pytest.mark.parametrize("arguments", [["show", "--schema"], ["show", "nothing.yaml", "--json"]])
+def test_what_cannot_be_written_is_no_success(arguments: list[str]) -> None:
+    """Nor a traceback of what could not be written either."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "lowrank", *arguments], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode in (2, 5)
+    assert len(done.stderr.splitlines()) == 1, done.stderr.decode()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import numpy as np
 
 from lowrank.data.chat.rendering import Renderer
 from lowrank.errors import DataError, ModelError
-from lowrank.export import ExportReader, ImageQuestion, ImageReader, ReadBack, Tolerance
+from lowrank.export import ExportReader, ImageQuestion, ImageReader, ReadBack
 from lowrank.export.verify.compare import Comparison, build_comparison, kl_of
 from lowrank.export.verify.readers import BankReader
 from lowrank.generate.request import GenerationConfig, Prompt, RequestError
