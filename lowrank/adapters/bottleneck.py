@@ -100,6 +100,11 @@ class BottleneckSettings(AdapterSettings):
         return self
 
     @property
+    def unsaveable(self) -> str | None:
+        """Never: AdapterHub's layout, not PEFT's, is theirs."""
+        return None
+
+    @property
     def reads_stream(self) -> bool:
         """Whether it needs the stream around the block."""
         return self.is_parallel or self.original_ln_before

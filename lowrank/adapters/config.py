@@ -159,6 +159,12 @@ class AdapterSettings(Settings):
         del names
         return {}
 
+    @property
+    def unsaveable(self) -> str | None:
+        """Why its adapters could not be written to files, and what to do; None: they can be."""
+        saved = self.as_saved()
+        return no_file_form(saved) if saved.peft_fields is None else None
+
     def schedule_problem(self, num_steps: int) -> str | None:
         """Why it cannot be trained for so many optimizer steps."""
         del num_steps
@@ -191,3 +197,12 @@ class AdapterSettings(Settings):
         if ".lora_embedding_" in name:
             return self.loraplus_lr_embedding / learning_rate
         return self.loraplus_lr_ratio if ".lora_B" in name or parameter.ndim == 1 else 1.0
+
+
+def no_file_form(config: AdapterSettings) -> str:
+    """What is wrong with a variant that files in PEFT's layout have no place for, and the way out."""
+    return (
+        f"{getattr(config, 'type', type(config).__name__)!r} has no form in PEFT's layout, so nothing it learns could be "
+        "saved; give its settings class `as_saved`, which returns the settings of a variant that PEFT knows (pissa is "
+        "saved as lora), or `peft_fields` with a `peft` of its own (docs/add-a-variant.md)"
+    )

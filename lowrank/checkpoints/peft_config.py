@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lowrank.adapters.config import no_file_form
 from lowrank.adapters.peft_kind import LORA, PeftKind
 from lowrank.adapters.prompts import PromptSettings
 from lowrank.adapters.targets import by_pattern, fused_parameters, holds_layers, matches
@@ -118,11 +119,8 @@ def to_peft(
     config: AdapterConfig, targets: Targets, copies: Sequence[str], base: BaseDescription, task_type: str = "CAUSAL_LM"
 ) -> dict[str, Any]:
     """The fields of adapter_config.json. `copies`: full names of the modules trained whole."""
-    if config.peft_fields is None:
-        raise ModelError(
-            f"adapter.type {config.type!r} has no form in PEFT's layout and cannot be saved; "
-            "its settings class says it in `peft_fields`"
-        )
+    if config.peft_fields is None:  # a run's settings are refused before (config/checks.py)
+        raise ModelError(f"adapter.type: {no_file_form(config)}")
     where = {
         "peft_type": config.peft.type,
         "task_type": task_type,

@@ -199,6 +199,8 @@ def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
     yield from _metric_conflicts(job)
     if config.model.cache_vision_features:
         yield from _cached_tower_conflicts(job)
+    if job.tuning == "adapter" and (unsaveable := job.adapter.unsaveable) is not None:
+        yield f"adapter.type: {unsaveable}"
     if job.tuning == "adapter" and job.adapter.needs_quantized and config.model.storage.type == "dense":
         yield (
             f"adapter.type: {job.adapter.type} makes up for what quantization lost, and model.storage.type dense loses "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.adapters.bank import Bank
+from lowrank.adapters.slot import file_form_problems
 from lowrank.adapters.unreached import num_targets, unreached
 from lowrank.batches import BASE_SLOT
 from lowrank.checkpoints.base_tensors import on_model
@@ -162,6 +163,16 @@ def _attach(
             report(Notice("running calibration passes on the training data to initialize the adapter", job=config.name))
             calibration = partial(calibration_passes, engine, data.train)
         slot = bank.add(config.adapter, seed=config.seed, calibration=calibration, slot=number)
+        problems = file_form_problems(bank.slots[slot])
+        if problems:  # found now, not when the first adapter is to be saved
+            bank.remove(slot)
+        raise_all(
+            ModelError,
+            f"adapters of adapter.type {config.adapter.type} could not be read from their files; declare what it trains "
+            "in its settings' `peft`, or give the form of another variant by `as_saved` and `FileForm.saved` "
+            "(docs/add-a-variant.md):",
+            problems,
+        )
     else:
         saved = on_model(load_adapter(Path(config.adapter.path)), engine.base.model)
         for note in saved.notes:

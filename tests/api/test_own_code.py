@@ -14,9 +14,10 @@ import torch
 import lowrank
 from lowrank.adapters.config import AdapterSettings
 from lowrank.adapters.variants.dora import DoraConfig
-from lowrank.adapters.variants.lora import Lora
+from lowrank.adapters.variants.lora import Lora, LoraConfig
 from lowrank.api.settings import plain_settings
 from lowrank.config import validate_settings
+from lowrank.models.storages import BaseLinear
 from lowrank.objectives.pretrain import PretrainConfig
 from lowrank.records import Conversation, Message
 from lowrank.report.events import RunFinished, StepDone
@@ -165,6 +166,54 @@ class Scaled(Lora):
 
         def build(self) -> Scaled:
             return Scaled()
+
+        def as_saved(self) -> AdapterSettings:
+            return LoraConfig(**self.shared())
+
+
+class Formless(Lora):
+    """A variant that says nothing about its files."""
+
+    class Config(AdapterSettings):
+        type: Literal["tests.api.test_own_code:Formless"] = "tests.api.test_own_code:Formless"
+
+        def build(self) -> Formless:
+            return Formless()
+
+
+class Gated(Lora):
+    """A variant that trains a tensor which LoRA, as which it would be saved, does not have."""
+
+    class Config(Scaled.Config):
+        type: Literal["tests.api.test_own_code:Gated"] = "tests.api.test_own_code:Gated"  # type: ignore[assignment]
+
+        def build(self) -> Gated:  # type: ignore[override]
+            return Gated()
+
+    def init(self, base: BaseLinear, rank: int, scale: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        return {**super().init(base, rank, scale, generator), "gate": torch.ones(1)}
+
+
+def test_a_variant_that_no_file_has_a_place_for_is_refused_before_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at the first save, when all it has learned is lost."""
+    monkeypatch.setattr("lowrank.models.loading.pretrained.load", lambda *_, **__: pytest.fail("the model is loaded"))
+    jobs = [{"name": "first"}, {"name": "second", "adapter": Formless}, {"name": "third", "data": {"train": []}}]
+    with pytest.raises(lowrank.ConfigError) as caught:
+        lowrank.train(**settings(output_dir=tmp_path / "run", jobs=jobs))
+    second, third = caught.value.problems
+    assert second.startswith("jobs.1.adapter.type: 'tests.api.test_own_code:Formless' has no form in PEFT's layout")
+    assert "`as_saved`" in second and "`peft_fields`" in second
+    assert third.startswith("jobs.2.data.train")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensors_that_no_file_has_a_place_for_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    received: list[Any] = []
+    with pytest.raises(lowrank.ModelError, match=r"gate: LoraConfig\.peft \(LORA\) declares no such tensor"):
+        lowrank.train(**settings(output_dir=tmp_path / "run", adapter=Gated), reporters=[received.append])
+    assert not any(isinstance(each, StepDone) for each in received)
 
 
 @pytest.mark.parametrize(
