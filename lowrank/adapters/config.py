@@ -202,7 +202,7 @@ class AdapterSettings(Settings):
 def no_file_form(config: AdapterSettings) -> str:
     """What is wrong with a variant that files in PEFT's layout have no place for, and the way out."""
     return (
-        f"{getattr(config, 'type', type(config).__name__)!r} has no form in PEFT's layout, so nothing it learns could be "
-        "saved; give its settings class `as_saved`, which returns the settings of a variant that PEFT knows (pissa is "
-        "saved as lora), or `peft_fields` with a `peft` of its own (docs/add-a-variant.md)"
+        f"{getattr(config, 'type', type(config).__name__)!r} has no form in PEFT's layout, so nothing it learns could "
+        "be saved; give its settings class `as_saved`, which returns the settings of a variant that PEFT knows (pissa "
+        "is saved as lora), or `peft_fields` with a `peft` of its own (docs/add-a-variant.md)"
     )

@@ -70,8 +70,8 @@ def saved_form(slot: Slot, base: Base) -> SavedAdapter:
 
 
 def file_form_problems(slot: Slot) -> list[str]:
-    """Which of the tensors that an adapter's files would have are not as its `peft` declares them, so that nothing could
-    read them. Layers are alike, so one is looked at."""
+    """Which of the tensors that an adapter's files would have are not as its `peft` declares them, so that nothing
+    could read them. Layers are alike, so one is looked at."""
     for layer in list(slot.layers.values())[:1]:
         config = slot.config.as_saved()
         own = saved_tensors(slot.variant, layer.masters)

@@ -168,8 +168,8 @@ def _attach(
             bank.remove(slot)
         raise_all(
             ModelError,
-            f"adapters of adapter.type {config.adapter.type} could not be read from their files; declare what it trains "
-            "in its settings' `peft`, or give the form of another variant by `as_saved` and `FileForm.saved` "
+            f"adapters of adapter.type {config.adapter.type} could not be read from their files; declare what it "
+            "trains in its settings' `peft`, or give the form of another variant by `as_saved` and `FileForm.saved` "
             "(docs/add-a-variant.md):",
             problems,
         )
