@@ -79,7 +79,7 @@ def serve(options: argparse.Namespace, port: Any) -> None:
     if options.registered:
         fill_shelf(options, trained)
         engine.cache.register_all(options.shelf)
-    limits = RequestLimits(answers_at_once=options.clients)
+    limits = RequestLimits(max_num_seqs=options.clients)
     run(engine, host="127.0.0.1", port=0, token=TOKEN, limits=limits, on_listening=lambda number: port.put(number))
 
 

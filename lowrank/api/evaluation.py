@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,10 +52,10 @@ def evaluate(
     notify             receives what a person should know; left out: the logger `lowrank`
     allow_code         the model's own code, or an adapter's, may run
 
-    A row for each adapter (the index) and metric: `value`, its 95 % bootstrap interval `low`, `high` over the rows,
-    `gain` over the base with `gain_low`, `gain_high` (value less the base's: better above 0, of perplexity below 0;
-    missing where there is no base to compare with), and the number of `rows` it is of. Raises DataError, ModelError,
-    ConfigError.
+    A row for each adapter and metric, which are the index (`frame.loc["r8", "exact_match"]`), with numbers: `value`,
+    its 95 % bootstrap interval `low`, `high` over the rows, `gain` over the base with `gain_low`, `gain_high` (value
+    less the base's: better above 0, of perplexity below 0; NaN where there is no base to compare with), and the number
+    of `rows` it is of. Raises DataError, ModelError, ConfigError.
     """
     import pandas
 
@@ -82,9 +83,9 @@ def evaluate(
             "adapter": name,
             "metric": metric,
             **vars(verdict.value),
-            "gain": verdict.gain.value if verdict.gain else None,
-            "gain_low": verdict.gain.low if verdict.gain else None,
-            "gain_high": verdict.gain.high if verdict.gain else None,
+            "gain": verdict.gain.value if verdict.gain else math.nan,
+            "gain_low": verdict.gain.low if verdict.gain else math.nan,
+            "gain_high": verdict.gain.high if verdict.gain else math.nan,
             "rows": verdict.rows,
         }
         for name, own in verdicts.items()

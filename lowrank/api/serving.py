@@ -110,7 +110,7 @@ def serve(
         served = open_engine(str(path), options, notify)
     socket, key = listen(host, port), token or new_token()
     names = {host} - {"0.0.0.0", "::"}
-    server = make_server(served, token=key, hosts=names, limits=RequestLimits(answers_at_once=max_num_seqs))
+    server = make_server(served, token=key, hosts=names, limits=RequestLimits(max_num_seqs=max_num_seqs))
     url = f"{url_of(host, socket.getsockname()[1])}/v1"
     running = RunningServer(server, socket, url, key, [each.name for each in served.served_models()])
     running.await_start()

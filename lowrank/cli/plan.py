@@ -47,7 +47,8 @@ def plan(
 ) -> None:
     """Reads the data and the model's config.json. The memory is that of the heaviest optimizer step.
 
-    What the settings leave open (recompute and micro_batch_tokens: auto) is chosen as `lowrank train` would.
+    What the settings leave open (model.activation_checkpointing and micro_batch_tokens: auto) is chosen as `lowrank
+    train` would.
     """
     from lowrank.compat import load_any
     from lowrank.models.loading.tokenizer import load_tokenizer

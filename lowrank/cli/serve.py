@@ -86,7 +86,7 @@ def serve(
             token=key,
             hosts=allow_host or (),
             origins=allow_origin or (),
-            limits=RequestLimits(answers_at_once=max_num_seqs, waiting=max_waiting, request_seconds=timeout),
+            limits=RequestLimits(max_num_seqs=max_num_seqs, waiting=max_waiting, request_seconds=timeout),
             on_listening=lambda port: _announce(served, host, port, new_key=None if token else key, json=json),
         )
 

@@ -59,13 +59,13 @@ def with_agreed_plan(
 
     def decide() -> list[Any]:
         nonlocal plan
-        lanes = config.model_copy(update={"lanes": count})
-        decided, plan = with_slots(lanes, data, saved, report, capacity)
+        with_lanes = config.model_copy(update={"lanes": count})
+        decided, plan = with_slots(with_lanes, data, saved, report, capacity)
         return [decided.micro_batch_tokens, decided.model.activation_checkpointing, decided.max_concurrent_jobs]
 
-    tokens, recompute, at_once = agree(ranks, decide)
-    model = config.model.model_copy(update={"activation_checkpointing": recompute})
-    changes = {"micro_batch_tokens": tokens, "model": model, "max_concurrent_jobs": at_once}
+    tokens, activation_checkpointing, max_concurrent_jobs = agree(ranks, decide)
+    model = config.model.model_copy(update={"activation_checkpointing": activation_checkpointing})
+    changes = {"micro_batch_tokens": tokens, "model": model, "max_concurrent_jobs": max_concurrent_jobs}
     return config.model_copy(update=changes), plan
 
 

@@ -27,11 +27,11 @@ _RANKS = (64, 32, 16, 8, 4)
 def changes_that_fit(planner: Planner, plan: MemoryPlan, settings: Mapping[str, Any]) -> list[str]:
     """Each change by itself, as `setting: value (needs ...)`, the mildest of its kind.
 
-    `settings`: recompute, micro_batch_tokens and max_length as they stand.
+    `settings`: activation_checkpointing, micro_batch_tokens and max_length as they stand.
     """
     found = []
     for kind in (
-        _recompute(plan, settings),
+        _activation_checkpointing(plan, settings),
         _tokens(plan, settings),
         _storage(planner),
         _length(planner, settings),
@@ -45,11 +45,12 @@ def changes_that_fit(planner: Planner, plan: MemoryPlan, settings: Mapping[str, 
                 )
                 break
     return found or [
-        "no single change makes it fit: take a smaller base, or several of: full recompute, shorter rows, fewer jobs"
+        "no single change makes it fit: take a smaller base, or several of: full activation checkpointing, shorter "
+        "rows, fewer jobs"
     ]
 
 
-def _recompute(plan: MemoryPlan, settings: Mapping[str, Any]) -> Iterator[Any]:
+def _activation_checkpointing(plan: MemoryPlan, settings: Mapping[str, Any]) -> Iterator[Any]:
     if settings["activation_checkpointing"] != "auto":
         for policy in ("selective", "full", *(["sqrt"] if settings.get("base", REPLICATED) == REPLICATED else [])):
             yield (

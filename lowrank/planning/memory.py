@@ -1,4 +1,4 @@
-"""The memory of a run's optimizer steps, part by part, for any cut and any recompute policy.
+"""The memory of a run's optimizer steps, part by part, for any cut and any activation checkpointing.
 
 Decoder layers of one kind add the same to every number, so a model with one layer of each kind is simulated,
 and one with a second layer of each kind; the rest is multiplication.

@@ -88,7 +88,7 @@ class MemoryPlan:
 
 
 class Planner:
-    """Plans of one run under different cuts and recompute policies."""
+    """Plans of one run under different cuts and activation checkpointing."""
 
     def __init__(self, model: ModelConfig, memory: StepMemory, machine: Machine | None = None) -> None:
         self.memory = memory

@@ -26,7 +26,7 @@ class RequestLimits(Settings):
     """Seconds from a connection's first byte, or its opening, to the end of its request's header."""
     body_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Seconds a client may take to send its request."""
-    answers_at_once: Positive = 64
+    max_num_seqs: Positive = 64
     """Answers in progress; more wait."""
     waiting: NonNegative = 256
     """Answers that may wait; beyond, clients are told to come back (429)."""

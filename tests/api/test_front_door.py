@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def test_everything_offered_is_there_and_documented() -> None:
         thing = lowrank._verb(f"lowrank.{name}") if name in lowrank._VERBS else getattr(lowrank, name)
         assert name in ("__version__", "Event") or inspect.getdoc(thing), name
     assert set(lowrank.__all__) == {"__version__", *lowrank._VERBS, *lowrank._NAMES}
-    assert set(lowrank.__all__) <= set(dir(lowrank))
+    assert dir(lowrank) == sorted(lowrank.__all__), "and nothing that it takes to offer it"
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         lowrank.trian  # type: ignore[attr-defined]  # noqa: B018
 
@@ -115,6 +116,12 @@ def test_evaluate_gives_a_frame(run: lowrank.TrainedRun) -> None:
     }
     assert frame.loc[("r8", "perplexity"), "value"] < frame.loc[("base", "perplexity"), "value"]
     assert frame.loc[("r8", "perplexity"), "gain"] < 0
+    assert math.isnan(frame.loc[("base", "perplexity"), "gain"])
+    alone = lowrank.evaluate(run.path, ROWS[:2], adapters=["r8"], metrics=())
+    assert alone.index.names == ["adapter", "metric"]
+    gains = alone[["gain", "gain_low", "gain_high"]]
+    assert list(gains.dtypes) == [float] * 3, "where nothing has a gain too"
+    assert gains.isna().all(axis=None)
 
 
 def test_resume_goes_on_with_the_same_rows_only(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def test_it_finds_every_storage_in_order(monkeypatch: pytest.MonkeyPatch, capsys
     assert by_name["nf4"]["relative_error"] == pytest.approx(0.092, abs=1e-3)
     assert found["environment"]["torch"] == torch.__version__
     assert "bitsandbytes" in found["readers"]
+    assert [name for name in found["readers"] if name.startswith("compressed")] == ["compressed-tensors"]
 
 
 def test_a_wrong_gradient_is_told(monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]

@@ -27,7 +27,7 @@ ANSWERED = 'lowrank_tokens_total{kind="answer"}'
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    limits = RequestLimits(body_bytes=20_000, body_seconds=1.0, waiting=2, answers_at_once=2)
+    limits = RequestLimits(body_bytes=20_000, body_seconds=1.0, waiting=2, max_num_seqs=2)
     with serving(open_world(), limits=limits, max_rows=2) as running:
         yield running
 

@@ -116,14 +116,14 @@ class FastLanguageModel:
             _too_long(max_seq_length, base.max_positions)
             if full_finetuning:
                 model: Any = full.prepared(base, config)
-                _recompute(model, use_gradient_checkpointing)
+                _checkpoint_activations(model, use_gradient_checkpointing)
             else:
                 model = TunedModel(base, config)
             model.max_seq_length = max_seq_length
             if adapter is not None:
                 adapter = on_model(adapter, base.model)
                 model.attach(DEFAULT, adapter.config, 0, adapter.tensors)
-                _recompute(model, use_gradient_checkpointing)
+                _checkpoint_activations(model, use_gradient_checkpointing)
             return model, ids_first(base.tokenizer)
 
     @staticmethod
@@ -194,7 +194,7 @@ class FastLanguageModel:
             _same(model, config)
         else:
             model.attach(DEFAULT, config, random_state)
-        _recompute(model, use_gradient_checkpointing)
+        _checkpoint_activations(model, use_gradient_checkpointing)
         return model
 
     @staticmethod
@@ -207,7 +207,7 @@ class FastLanguageModel:
     def for_training(model: Any, use_gradient_checkpointing: bool | str = True) -> Any:
         """Training mode; texts are padded on the right."""
         full.tokenizer_of(model).padding_side = "right"
-        _recompute(model, use_gradient_checkpointing)
+        _checkpoint_activations(model, use_gradient_checkpointing)
         return model.train()
 
 
@@ -235,7 +235,7 @@ def _too_long(length: int | None, reach: int | None) -> None:
                      length, reach, reach, -(-length // reach))  # fmt: skip
 
 
-def _recompute(model: Any, wanted: bool | str) -> None:
+def _checkpoint_activations(model: Any, wanted: bool | str) -> None:
     if wanted in (True, "unsloth", "true"):
         model.gradient_checkpointing_enable()
     elif wanted in (False, None, "false"):

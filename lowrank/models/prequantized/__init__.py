@@ -59,13 +59,14 @@ def reader_for(quantization_config: Mapping[str, Any] | None) -> PrequantizedRea
         return None
     method = str(quantization_config.get("quant_method", "")).lower()
     files = _files()
-    if method not in files:
+    file = files.get(method) or files.get(method.replace("_", "-"))  # compressed_tensors is compressed-tensors
+    if file is None:
         raise ModelError(
             f"config.json: quantization_config.quant_method is {method!r}, which lowrank cannot read; it reads "
             f"{', '.join(sorted(files))}. Take the model's 16-bit checkpoint and let lowrank quantize it while it "
             "loads: model.storage: nf4 (or int8, hqq)"
         )
-    return importlib.import_module(files[method]).reader(quantization_config)
+    return importlib.import_module(file).reader(quantization_config)
 
 
 def by_linear(reader: PrequantizedReader, names: Iterable[str]) -> tuple[list[str], dict[str, dict[str, str]]]:

@@ -22,7 +22,7 @@ from lowrank.models.prequantized.checks import FLOATS, INTEGERS, WAY_OUT, one_of
 from lowrank.models.storages.affine import AffineLinear
 from lowrank.models.storages.float8 import FLOAT8, Float8Linear
 
-METHODS = ("compressed-tensors", "compressed_tensors")
+METHODS = ("compressed-tensors",)
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
 _FORMATS_OF_A_MODEL = (*FORMATS, "mixed-precision", "dense")
 

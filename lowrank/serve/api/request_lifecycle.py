@@ -21,7 +21,7 @@ class ClientGone(Exception):
 
 
 class ConcurrencyLimiter:
-    """Refuses requests beyond `answers_at_once + waiting` answers. Used from the event loop's thread only."""
+    """Refuses requests beyond `max_num_seqs + waiting` answers. Used from the event loop's thread only."""
 
     def __init__(self, limits: RequestLimits) -> None:
         self.limits = limits
@@ -31,7 +31,7 @@ class ConcurrencyLimiter:
 
     def acquire(self, count: int) -> None:
         """ApiError 429 if that is too much at the moment."""
-        most = self.limits.answers_at_once + self.limits.waiting
+        most = self.limits.max_num_seqs + self.limits.waiting
         if self.taken + count > most:
             retry = min(60, max(1, math.ceil(self._usual)))
             message = f"{self.taken} answers are in progress or wait, of {most} at the most; try again later"

@@ -253,6 +253,12 @@ def test_what_cannot_be_read_is_said_before_any_weight_is_loaded(config: dict[st
         reader_for(config)
 
 
+def test_a_method_may_be_written_with_underscores() -> None:
+    one, other = (reader_for({"quant_method": f"compressed{mark}tensors"}) for mark in "-_")
+    assert one is not None
+    assert type(one) is type(other)
+
+
 def test_a_plain_checkpoint_has_no_reader() -> None:
     assert reader_for(None) is None
     assert reader_for({}) is None
