@@ -54,7 +54,7 @@ class Batch:
     origin_S    int64    see `Segment.origin`
     reference_T float32  log-probability of `target_T` under the bare base; None if no segment has it
     signals_T   float32  by name, see `Segment.signals_L`; aligned with `target_T`, 0 where a segment has none
-    place_3T    int64    (3, T) positions in time, height and width, for models with M-RoPE and pictures
+    mrope_position_3T    int64    (3, T) positions in time, height and width, for models with M-RoPE and pictures
     """
 
     token_T: torch.Tensor
@@ -85,7 +85,7 @@ class Batch:
     """`(index of the segment, its media)`, of segments that have media."""
     pixels: tuple[Pixels, ...] = field(default=())
     """Pixels of each entry of `media`, once they are computed (models/media_encoder.py)."""
-    place_3T: torch.Tensor | None = None
+    mrope_position_3T: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -145,7 +145,7 @@ class Batch:
             pixels=tuple(
                 replace(each, segment=each.segment - first) for each in self.pixels if first <= each.segment < last
             ),
-            place_3T=None if self.place_3T is None else self.place_3T[:, begin:end],
+            mrope_position_3T=None if self.mrope_position_3T is None else self.mrope_position_3T[:, begin:end],
         )
 
     def to(self, device: torch.device) -> Batch:

@@ -190,7 +190,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Rated:
-    """A conversation that ends in an answer which was rated desirable or undesirable."""
+    """A conversation that ends in an answer which was rated desirable or undesirable (TRL: unpaired preference)."""
 
     conversation: Conversation
     desirable: bool
@@ -198,8 +198,8 @@ class Rated:
 
 @dataclass(frozen=True)
 class Prompted:
-    """A conversation without the last answer, which the model in training generates. `columns`: the row of data, for
-    reward functions; `label`: the answer in the data, if there is one."""
+    """A conversation without the last answer, which the model in training generates (TRL: prompt-only). `columns`: the
+    row of data, for reward functions; `label`: the answer in the data, if there is one."""
 
     prompt: Conversation
     columns: Mapping[str, Any]

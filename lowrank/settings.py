@@ -27,7 +27,7 @@ from pydantic import (
 from lowrank.errors import ConfigError, did_you_mean, raise_all
 from lowrank.field_docs import field_docs
 from lowrank.setting_problems import error_lines
-from lowrank.third_party import HAND_OVER, load_code, names_code
+from lowrank.third_party import PASS_OBJECTS_HINT, load_code, names_code
 
 if TYPE_CHECKING:
     _Class = type(BaseModel)
@@ -148,7 +148,7 @@ def _third_party(name: str) -> type[Settings]:
     if config is None:
         raise ValueError(
             f"{name} has no attribute `Config` (a lowrank.settings.Settings class), by which settings alone could make "
-            f"one; {HAND_OVER}"
+            f"one; {PASS_OBJECTS_HINT}"
         )
     if "type" not in config.model_fields or config.model_fields["type"].default != name:
         raise ValueError(f"{name}.Config needs the field `type: Literal[{name!r}] = {name!r}`, to be read back")

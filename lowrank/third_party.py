@@ -23,8 +23,8 @@ from typing import Any
 
 from lowrank.errors import ConfigError
 
-WAY_OUT = "read that code, then add --allow-code to the command (in Python: allow_code=True)"
-HAND_OVER = (
+ALLOW_CODE_HINT = "read that code, then add --allow-code to the command (in Python: allow_code=True)"
+PASS_OBJECTS_HINT = (
     "an object that a run was given in Python is given again: lowrank.TrainedRun(RUN).resume(objects=[...]), or "
     "lowrank.train of the same settings with resume=True"
 )
@@ -104,7 +104,7 @@ def texts_in(settings: Any, above: str = "") -> Iterator[tuple[str, str]]:
 
 def refusal(name: str) -> str:
     """Why `name` is not run, and the way out."""
-    way_out = HAND_OVER if name.startswith(_IN_A_SCRIPT) else WAY_OUT
+    way_out = PASS_OBJECTS_HINT if name.startswith(_IN_A_SCRIPT) else ALLOW_CODE_HINT
     return f"{name!r} is code that does not come with lowrank, and settings alone run none; {way_out}"
 
 

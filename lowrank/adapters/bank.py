@@ -162,7 +162,7 @@ class Bank:
     @torch.no_grad()
     def refresh(self, number: int) -> None:
         """Bring what follows from the masters up to date: once per optimizer step, not per forward."""
-        copies, masters = [], []
+        weights, masters = [], []
         with self.base.placement.reading() as reading:
             for name, layer in self.slots[number].layers.items():
                 variant = layer.variant
@@ -171,11 +171,11 @@ class Bank:
                     base = self.base.model.get_submodule(name).base
                     variant.refresh(base, layer.scale, layer.masters)
         for layer in (*self.slots[number].layers.values(), *self.slots[number].experts.values()):
-            if layer.copies is not None:
-                copies += layer.copies
+            if layer.compute_dtype_weights is not None:
+                weights += layer.compute_dtype_weights
                 masters += layer.variant.as_low_rank(layer.masters) or ()
-        if copies:
-            torch._foreach_copy_(copies, masters)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
+        if weights:
+            torch._foreach_copy_(weights, masters)  # pyright: ignore[reportPrivateImportUsage, reportPrivateUsage]
 
     def head(self, number: int) -> Head:
         """The head as a slot sees it (-1: the bare base)."""

@@ -130,7 +130,9 @@ class Injector:
         except ValueError as error:
             return f"{name}: {error}"
         masters = {key: self._master(value, key not in variant.frozen) for key, value in fresh.items()}
-        layer = LayerAdapter(variant, scale, masters, self._copies(variant, masters), slot.config.dropout)
+        layer = LayerAdapter(
+            variant, scale, masters, self._compute_dtype_weights(variant, masters), slot.config.dropout
+        )
         routed.adapters[number] = slot.layers[name] = layer
         trained = {key: value for key, value in masters.items() if isinstance(value, nn.Parameter)}
         slot.parameters.update(
@@ -146,7 +148,7 @@ class Injector:
         scale = slot.variant.scale(rank, alpha)
         fresh = slot.variant.init(Expert(routed.base, key, 0), rank * routed.num_experts, scale, generator)
         masters = {key: self._master(value, trained=True) for key, value in fresh.items()}
-        layer = LayerAdapter(slot.variant, scale, masters, self._copies(slot.variant, masters))
+        layer = LayerAdapter(slot.variant, scale, masters, self._compute_dtype_weights(slot.variant, masters))
         routed.adapters.setdefault(number, {})[key] = slot.experts[name] = layer
         trained = {part: value for part, value in masters.items() if isinstance(value, nn.Parameter)}
         slot.parameters.update(
@@ -181,7 +183,7 @@ class Injector:
     def _master(self, value: torch.Tensor, trained: bool) -> torch.Tensor:
         return self.trained(value) if trained else value.to(self._base.device, self._master_dtype)
 
-    def _copies(self, variant: Variant, masters: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _compute_dtype_weights(self, variant: Variant, masters: Tensors) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A and B in the compute dtype, if that is not the masters' and their layers share none."""
         low_rank = variant.as_low_rank(masters)
         if low_rank is None or self._master_dtype == self._base.dtype or shared_tensors(variant):

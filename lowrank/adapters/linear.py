@@ -39,14 +39,14 @@ class LayerAdapter:
     variant: Variant
     scale: float
     masters: Tensors
-    copies: tuple[torch.Tensor, torch.Tensor] | None = None
+    compute_dtype_weights: tuple[torch.Tensor, torch.Tensor] | None = None
     """None: the masters have the compute dtype, or are cast in every pass."""
     dropout: float = 0.0
 
     def in_compute_dtype(self, dtype: torch.dtype, low_rank: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
         """A and B in the compute dtype, from `low_rank`, which are the masters', where no copies are kept."""
-        if self.copies is not None:
-            return [tensor.to(dtype) for tensor in self.copies]
+        if self.compute_dtype_weights is not None:
+            return [tensor.to(dtype) for tensor in self.compute_dtype_weights]
         return [tensor.detach().to(dtype) for tensor in low_rank]
 
 
@@ -85,7 +85,7 @@ def _versions(adapter: LayerAdapter | None) -> list[int]:
     """Counted by torch with every change in place."""
     if adapter is None:
         return []
-    return [tensor._version for tensor in adapter.copies or adapter.masters.values()]
+    return [tensor._version for tensor in adapter.compute_dtype_weights or adapter.masters.values()]
 
 
 class RoutedLinear(nn.Module):

@@ -114,10 +114,10 @@ class LoraFunction(torch.autograd.Function):
         y_TO = base(x_TD)
         h: list[torch.Tensor] = []
         for update in updates:
-            # On CPUs in 16 bits the rows are rounded up to a few shapes; `own_alone` zeroes the neighbors' rows.
-            own = row_bucket(x_TD, update.first, update.end)
-            h_PR = own.own_alone(update.drop(x_TD[own.rows], own.rows) @ update.A_RD.t())
-            own.add(y_TO, h_PR, update.B_OR.t(), update.scale)  # y += s h B^T
+            # On CPUs in 16 bits the rows are rounded up to a few shapes; `zero_other_rows` zeroes the neighbors' rows.
+            bucket = row_bucket(x_TD, update.first, update.end)
+            h_PR = bucket.zero_other_rows(update.drop(x_TD[bucket.rows], bucket.rows) @ update.A_RD.t())
+            bucket.add(y_TO, h_PR, update.B_OR.t(), update.scale)  # y += s h B^T
             h.append(h_PR)
         ctx.base, ctx.updates = base, updates
         if updates:
@@ -137,23 +137,23 @@ class LoraFunction(torch.autograd.Function):
         x_TD = saved.x(ctx)
         gradients: list[torch.Tensor | None] = []
         for update, h_PR in zip(updates, saved.h):
-            own = row_bucket(dy_TO, update.first, update.end)
-            dy_PO = dy_TO[own.rows]
+            bucket = row_bucket(dy_TO, update.first, update.end)
+            dy_PO = dy_TO[bucket.rows]
             # g = s dy B. Rows that are not the slot's own are zero in g and h, so neither product below sees them.
-            g_PR = own.own_alone((dy_PO @ update.B_OR).mul_(update.scale))
+            g_PR = bucket.zero_other_rows((dy_PO @ update.B_OR).mul_(update.scale))
             # dA = g^T drop(x), with the mask of the forward pass drawn again from the same counters.
             trains_A = ctx.needs_input_grad[_FIRST_MASTER + len(gradients)]
-            x_PD = x_TD[own.rows] if x_TD is not None and trains_A else None
-            gradients.append(None if x_PD is None else own.contract(g_PR, update.drop(x_PD, own.rows)))
+            x_PD = x_TD[bucket.rows] if x_TD is not None and trains_A else None
+            gradients.append(None if x_PD is None else bucket.contract(g_PR, update.drop(x_PD, bucket.rows)))
             # dB = s dy^T h.
-            gradients.append(own.contract(dy_PO, h_PR).mul_(update.scale))
+            gradients.append(bucket.contract(dy_PO, h_PR).mul_(update.scale))
             # dx += drop(g A).
             if dx_TD is not None:
                 if update.dropout:
-                    dx_PD = update.drop(g_PR @ update.A_RD, own.rows)
-                    dx_TD[update.first : update.end] += dx_PD[own.inside]
+                    dx_PD = update.drop(g_PR @ update.A_RD, bucket.rows)
+                    dx_TD[update.first : update.end] += dx_PD[bucket.inside]
                 else:
-                    own.add(dx_TD, g_PR, update.A_RD, 1.0)
+                    bucket.add(dx_TD, g_PR, update.A_RD, 1.0)
         return dx_TD, None, None, None, *gradients
 
 

@@ -16,7 +16,7 @@ from lowrank.data.config import SourceConfig
 from lowrank.data.sources.memory import IN_MEMORY
 from lowrank.errors import ConfigError, DataError, did_you_mean, raise_all
 from lowrank.settings import Settings
-from lowrank.third_party import HAND_OVER, WAY_OUT, code_named, may_run, texts_in
+from lowrank.third_party import ALLOW_CODE_HINT, PASS_OBJECTS_HINT, code_named, may_run, texts_in
 
 
 @dataclass
@@ -57,8 +57,8 @@ def given_again(objects: Sequence[Any], settings: Mapping[str, Any]) -> GivenAga
 def refuse_missing(settings: Mapping[str, Any], run: str) -> None:
     """ConfigError for code that `settings` name and that neither was given nor may be imported."""
     problems = [f"{place}: {name!r}" for place, name in code_named(settings) if not may_run(name)]
-    heading = f"{run} was trained with code that does not come with lowrank; {HAND_OVER}. "
-    raise_all(ConfigError, f"{heading}What can be imported: {WAY_OUT}", problems)
+    heading = f"{run} was trained with code that does not come with lowrank; {PASS_OBJECTS_HINT}. "
+    raise_all(ConfigError, f"{heading}What can be imported: {ALLOW_CODE_HINT}", problems)
 
 
 def _is_named(thing: Any) -> bool:

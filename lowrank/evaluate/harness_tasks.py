@@ -14,7 +14,7 @@ from lm_eval.utils import handle_non_serializable
 
 from lowrank.checkpoints.atomic import write_text
 from lowrank.errors import ConfigError, DataError, did_you_mean, raise_all
-from lowrank.third_party import WAY_OUT, CodeRefused, code_is_allowed
+from lowrank.third_party import ALLOW_CODE_HINT, CodeRefused, code_is_allowed
 
 RESULTS = "results.json"
 _ALSO_CALLED = {"ceval": "ceval-valid"}
@@ -50,7 +50,7 @@ def _refuse_code(folder: Path) -> None:
         return
     for file in sorted([*folder.rglob("*.yaml"), *folder.rglob("*.yml")]):
         if "!function" in file.read_text(encoding="utf-8", errors="replace"):
-            raise CodeRefused(f"--include-path: {file} runs Python (!function); {WAY_OUT}")
+            raise CodeRefused(f"--include-path: {file} runs Python (!function); {ALLOW_CODE_HINT}")
 
 
 def run_tasks(

@@ -52,7 +52,7 @@ class RowBucket:
         """Where the slot's rows are in it."""
         return slice(self.first - self.start, self.end - self.start)
 
-    def own_alone(self, x_PR: torch.Tensor) -> torch.Tensor:
+    def zero_other_rows(self, x_PR: torch.Tensor) -> torch.Tensor:
         """`x_PR`, whose other rows are made zero in place."""
         for rows in self._filler():
             x_PR[rows.start - self.start : rows.stop - self.start].zero_()

@@ -44,7 +44,7 @@ class AudioEncoder:
         self._name, self._processor, self._shared = name, processor, shared
         self._tokenizer = processor.own.tokenizer
         self._embedding_hook = EmbeddingHook(backbone, language)
-        self.wanted = set(self._embedding_hook.takes) - others
+        self.wanted = set(self._embedding_hook.forward_parameters) - others
 
     def options(self, batch: Batch, width: int | None, tower_pass: TowerPass) -> dict[str, Any]:
         """What a forward call is given beside its tokens: `around`, what has to be around it. `width`: of the padded

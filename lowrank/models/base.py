@@ -198,9 +198,9 @@ class Base:
         seen_SL = torch.zeros_like(token_SL)
         seen_SL[segment_T, batch.position_T] = 1
         position = torch.arange(longest, device=token_SL.device).expand_as(token_SL)
-        if batch.place_3T is not None:
+        if batch.mrope_position_3T is not None:
             position = position.expand(3, *position.shape).clone()
-            position[:, segment_T, batch.position_T] = batch.place_3T
+            position[:, segment_T, batch.position_T] = batch.mrope_position_3T
         hidden_SLD = self.call(
             token_SL,
             position_ids=position,
@@ -242,9 +242,9 @@ class Base:
         if self.layer_wrapper is not None:
             self.layer_wrapper.begin(training, batch.num_tokens, tokens_of_step)
         position = position_T[None]
-        if batch.place_3T is not None:
+        if batch.mrope_position_3T is not None:
             behind = position_T[batch.num_tokens :].expand(3, -1)
-            position = torch.cat([batch.place_3T, behind], dim=1)[:, None]
+            position = torch.cat([batch.mrope_position_3T, behind], dim=1)[:, None]
         shown = self._pictures_of(batch, token_T[None])
         return self.call(token_T[None], position_ids=position, packed=packed, **shown)[0]
 

@@ -36,17 +36,17 @@ class EmbeddingHook:
 
     def __init__(self, backbone: Any, language: Any) -> None:
         self._backbone, self._language = backbone, language
-        self.takes = frozenset(inspect.signature(backbone.forward).parameters)
+        self.forward_parameters = frozenset(inspect.signature(backbone.forward).parameters)
         """What the backbone's forward call may be given."""
 
     def embeddings(self, token_1L: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(L, D) embeddings that the language model is called with for one document of these tokens. `given`: the
         tensors of its media. Raises EmbeddingHookError."""
-        place_1L = torch.arange(token_1L.shape[1], device=token_1L.device)[None]
+        position_1L = torch.arange(token_1L.shape[1], device=token_1L.device)[None]
         hook = self._language.register_forward_pre_hook(_capture, with_kwargs=True)
         try:
             self._backbone(
-                input_ids=token_1L, attention_mask=torch.ones_like(token_1L), position_ids=place_1L, use_cache=False,
+                input_ids=token_1L, attention_mask=torch.ones_like(token_1L), position_ids=position_1L, use_cache=False,
                 **given,
             )  # fmt: skip
         except _Reached as reached:

@@ -57,9 +57,9 @@ class MediaEncoder:
         """Documents with media go through in padded rows while texts go packed: of bases that only answer."""
         self.shared = SharedFeatures()
         """What of a step's features is computed once for several documents."""
-        config, takes = base.model.config, inspect.signature(self._backbone.forward).parameters
+        config, forward_parameters = base.model.config, inspect.signature(self._backbone.forward).parameters
         self._towers = {
-            kind: self.tower(kind, base.name, config, self._backbone, processor, takes, self.shared)
+            kind: self.tower(kind, base.name, config, self._backbone, processor, forward_parameters, self.shared)
             for kind in ("image", "video")
             if kind in kinds
         }
@@ -70,7 +70,7 @@ class MediaEncoder:
         places = getattr(self._backbone, _PLACES, None)
         self._of_places = set(inspect.signature(places).parameters) if places else None
         of_prompts = {_TYPES[1]} if base.prompt_type is not None else set[str]()
-        self._types = [name for name in _TYPES if name in takes and name not in of_prompts]
+        self._types = [name for name in _TYPES if name in forward_parameters and name not in of_prompts]
         self._audio_encoder = None
         if "audio" in kinds:
             others = {name for kind in ("image", "video") for name in wanted_by(kind, self._backbone)}
@@ -124,7 +124,7 @@ class MediaEncoder:
                 found = known.get(media.items)
                 cast[media.items] = self.cast(self.pixels(media.items) if found is None else found)
         made = tuple(Pixels(index, media, cast[media.items]) for index, media in batch.media)
-        return replace(batch, pixels=made, place_3T=self._places(batch, made))
+        return replace(batch, pixels=made, mrope_position_3T=self._places(batch, made))
 
     def options(self, batch: Batch, token: torch.Tensor) -> dict[str, Any]:
         """What the model's forward call is given beside `token`, the tokens in the shape it is given them."""
@@ -181,7 +181,7 @@ class MediaEncoder:
         batch = self.ready(pack([(slot, segment)])).to(self._base.device)
         before = np.concatenate([[0], np.cumsum(token_L == self.token)])
         output = self._towers["image"].features(batch, self._tower_pass)
-        return EncodedMedia(output, tuple(before.tolist()), batch.place_3T, _grids(batch.pixels[0]))
+        return EncodedMedia(output, tuple(before.tolist()), batch.mrope_position_3T, _grids(batch.pixels[0]))
 
     def in_chunks(
         self, chunks: Sequence[EncodedChunk], token_T: torch.Tensor, position_T: torch.Tensor
@@ -191,7 +191,7 @@ class MediaEncoder:
         some = next(each.encoded for each in chunks if each.encoded is not None)
         ids = token_T.tolist()
         found: list[dict[str, Any]] = []
-        place_3T = position_T[None].expand(3, -1).clone()
+        mrope_position_3T = position_T[None].expand(3, -1).clone()
         at = 0
         for chunk in chunks:
             seen, end = chunk.encoded, chunk.first + chunk.length
@@ -202,10 +202,12 @@ class MediaEncoder:
                     rows = MediaRows(seen.before[chunk.first], seen.before[known], seen.before[-1])
                     own = rows.end - rows.first
                     found += [{name: rows.of(value) for name, value in seen.output.items()}] if own else []
-                if seen.place_3L is not None:
-                    ahead = int(seen.place_3L.max()) + 1 - seen.length
-                    place_3T[:, at : at + chunk.length] += ahead
-                    place_3T[:, at : at + max(0, known - chunk.first)] = seen.place_3L[:, chunk.first : known]
+                if seen.mrope_position_3L is not None:
+                    ahead = int(seen.mrope_position_3L.max()) + 1 - seen.length
+                    mrope_position_3T[:, at : at + chunk.length] += ahead
+                    mrope_position_3T[:, at : at + max(0, known - chunk.first)] = seen.mrope_position_3L[
+                        :, chunk.first : known
+                    ]
             extra_placeholders = ids[at : at + chunk.length].count(self.token) - own
             found += [
                 {
@@ -214,7 +216,7 @@ class MediaEncoder:
                 }
             ] * (extra_placeholders > 0)
             at += chunk.length
-        position = place_3T[:, None] if self._of_places is not None else position_T[None]
+        position = mrope_position_3T[:, None] if self._of_places is not None else position_T[None]
         if all(chunk.encoded is None or chunk.first >= chunk.encoded.length for chunk in chunks) or not found:
             return {"position_ids": position}
         image = type(some.output)(**_joined_by_name(found))
@@ -268,7 +270,7 @@ class MediaEncoder:
         """(3, T) of models that count time, height and width; None of others."""
         if self._of_places is None or not pixels:
             return None
-        place_3T = batch.position_T[None].expand(3, -1).clone()
+        mrope_position_3T = batch.position_T[None].expand(3, -1).clone()
         starts = batch.starts
         for each in pixels:
             first, end = starts[each.segment], starts[each.segment + 1]
@@ -284,8 +286,8 @@ class MediaEncoder:
             }
             given = {name: value for name, value in known.items() if name in self._of_places}
             found_31L, _ = getattr(self._backbone, _PLACES)(**given)
-            place_3T[:, first:end] = found_31L[-3:, 0]
-        return place_3T
+            mrope_position_3T[:, first:end] = found_31L[-3:, 0]
+        return mrope_position_3T
 
 
 def _grids(pixels: Pixels) -> dict[str, torch.Tensor]:
@@ -315,13 +317,13 @@ class EncodedMedia:
 
     output     what it says of them, in the family's form
     before     of the document's tokens and its end: how many that stand for pictures come before
-    place_3L   places in three dimensions, where the model counts so
+    mrope_position_3L   places in three dimensions, where the model counts so
     grids      sizes in patches of the pictures, by the processor's names
     """
 
     output: Any
     before: tuple[int, ...]
-    place_3L: torch.Tensor | None
+    mrope_position_3L: torch.Tensor | None
     grids: Mapping[str, torch.Tensor]
 
     @property

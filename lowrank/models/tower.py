@@ -40,13 +40,13 @@ class Tower:
         config: Any,
         backbone: Any,
         processor: MediaProcessor,
-        takes: Collection[str],
+        forward_parameters: Collection[str],
         shared: SharedFeatures,
     ) -> None:
         """ModelError for a base that takes no features of this kind."""
         self._features = getattr(backbone, _method(kind), None)
         token = token_of(kind, config)
-        if self._features is None or token is None or "mm_encoder_outputs" not in takes:
+        if self._features is None or token is None or "mm_encoder_outputs" not in forward_parameters:
             names = KIND_NAMES[kind]
             raise ModelError(
                 f"{name}: models of type {config.model_type!r} take no features of {names} in this transformers, "

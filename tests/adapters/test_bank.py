@@ -268,7 +268,7 @@ def test_load_refreshes_the_working_copies() -> None:
     slot = bank.add(LoraConfig(rank=2, target_modules=("q_proj",)), seed=0)
     bank.load(slot, {name: torch.full_like(value, 0.3) for name, value in bank.parameters(slot).items()})
     for layer in bank.slots[slot].layers.values():
-        for copied in layer.copies or ():
+        for copied in layer.compute_dtype_weights or ():
             assert copied.dtype == torch.bfloat16
             assert torch.equal(copied, torch.full_like(copied, 0.3))
 

@@ -283,8 +283,8 @@ def test_small_updates_survive_under_a_bfloat16_base(name: str) -> None:
     for parameter in parameters.values():
         assert parameter.mean().item() == pytest.approx(0.499, abs=2e-5)
     layer = next(iter(engine.bank.slots[slot].layers.values()))
-    if layer.copies is not None:
-        for copied, master in zip(layer.copies, layer.variant.as_low_rank(layer.masters) or ()):
+    if layer.compute_dtype_weights is not None:
+        for copied, master in zip(layer.compute_dtype_weights, layer.variant.as_low_rank(layer.masters) or ()):
             assert copied.dtype == torch.bfloat16
             assert torch.equal(copied, master.bfloat16())
 

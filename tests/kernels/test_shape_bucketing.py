@@ -56,7 +56,7 @@ def routed(dropout: float, broken: int | None = None) -> tuple[RoutedLinear, tor
     x_TD = torch.randn(NUM_ROWS, 24).to(BF16)
     if broken is not None:
         x_TD[slice(*RANGES[broken][1:])] = float("nan")
-        for copy in layer.adapters[broken].copies or ():
+        for copy in layer.adapters[broken].compute_dtype_weights or ():
             copy.fill_(float("inf"))
     rng_keys = {slot: RngKey(seed=slot, step=1) for slot, _, _ in RANGES}
     length_N = torch.full((NUM_ROWS,), NUM_ROWS)

@@ -1,4 +1,4 @@
-"""Paged attention: keys and values of earlier tokens lie in pages of a KV cache.
+"""Paged attention: keys and values of earlier tokens lie in pages, the paged KV cache.
 
 A `PagedBatch` is one forward pass over a flat stream in which every sequence has one or more new tokens, after
 any number of older ones. It travels through the model as the keyword that carries document boundaries in
