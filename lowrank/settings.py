@@ -106,12 +106,19 @@ def _settings_of(module: ModuleType) -> type[Settings] | None:
     return own[0] if own else None
 
 
-def choice_of(package: str, default: str, absent: Mapping[str, str] | None = None) -> Any:
+def choice_of(
+    package: str,
+    default: str,
+    absent: Mapping[str, str] | None = None,
+    *,
+    page: str = "docs/third-party-code.md",
+    base: type[Settings] = Settings,
+) -> Any:
     """The type of a setting whose `type` names a file of `package`, or a third party's `my_module:MyThing`.
 
-    A third party's class carries its settings class as the attribute `Config`; it is imported only where that is
-    allowed (third_party.py). Where `type` is left out, `default` is meant. `absent`: types that people know from
-    elsewhere, and why they are not there.
+    A third party's class carries its settings class, a subclass of `base`, as the attribute `Config`; it is imported
+    only where that is allowed (third_party.py). Where `type` is left out, `default` is meant. `absent`: types that
+    people know from elsewhere, and why they are not there. `page`: of docs, on how one is written.
     """
     configs = configs_in(package)
     union: Any = Union[tuple(configs.values())]  # noqa: UP007 (the members are not known to the parser)
@@ -125,7 +132,9 @@ def choice_of(package: str, default: str, absent: Mapping[str, str] | None = Non
             return built_in(value)
         name = value.get("type", default)
         if names_code(name):
-            return _third_party(name).model_validate({key: item for key, item in value.items() if key != "type"})
+            return _third_party(name, base, page).model_validate(
+                {key: item for key, item in value.items() if key != "type"}
+            )
         if absent and isinstance(name, str) and name in absent:
             raise ValueError(f"there is no type {name!r} here: {absent[name]}")
         if not isinstance(name, str) or name not in configs:
@@ -142,13 +151,17 @@ def _dumped(value: Settings, info: FieldSerializationInfo) -> dict[str, Any]:
     return {**values, "type": getattr(value, "type")}  # noqa: B009 (Settings have no `type`, those of a choice do)
 
 
-def _third_party(name: str) -> type[Settings]:
+def _third_party(name: str, base: type[Settings], page: str) -> type[Settings]:
     thing = load_code(name)
     config = getattr(thing, "Config", None)
     if config is None:
         raise ValueError(
             f"{name} has no attribute `Config` (a lowrank.settings.Settings class), by which settings alone could make "
             f"one; {PASS_OBJECTS_HINT}"
+        )
+    if not (isinstance(config, type) and issubclass(config, base)):
+        raise ValueError(
+            f"{name}.Config is {config!r}; expected a subclass of {base.__module__}.{base.__qualname__}: {page}"
         )
     if "type" not in config.model_fields or config.model_fields["type"].default != name:
         raise ValueError(f"{name}.Config needs the field `type: Literal[{name!r}] = {name!r}`, to be read back")

@@ -13,6 +13,7 @@ long as that call lasts (`objects_given`), so that no file can mean it later.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -127,3 +128,32 @@ def load_code(name: str) -> Any:
     except Exception as error:  # whatever a module does when it is imported
         reason = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"cannot import {name!r}: {reason}; is its folder on PYTHONPATH?") from error
+
+
+def call_problem(function: Any, *arguments: str) -> str | None:
+    """Why `function` cannot be called with arguments of these names in this order: `takes (row), and is called with
+    (row, columns, tags)`; None where it can, or where that cannot be known."""
+    if inspect.iscoroutinefunction(function):
+        return "is `async def`, whose calls give no result; make it a plain function"
+    signature = signature_of(function)
+    try:
+        if signature is not None:
+            signature.bind(*arguments)
+    except TypeError:
+        assert signature is not None
+        return f"takes {parameters_of(signature)}, and is called with ({', '.join(arguments)})"
+    return None
+
+
+def signature_of(function: Any) -> inspect.Signature | None:
+    """Its signature; None where it cannot be known, as of some that are built in."""
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def parameters_of(signature: inspect.Signature) -> str:
+    """`(row, columns=None)`: without annotations."""
+    plain = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+    return str(signature.replace(parameters=plain, return_annotation=signature.empty))

@@ -16,10 +16,12 @@ from typing import Any, Literal
 from pydantic import create_model
 
 from lowrank.config.jobs import SHORT_FORMS, TYPED
+from lowrank.config.own_types import PAGES
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.sources.memory import RowsLike, keep_rows
 from lowrank.errors import ConfigError, DataError
 from lowrank.objectives import ObjectiveSettings
+from lowrank.objectives.protocol_problems import PROTOCOL
 from lowrank.setting_problems import settings_of
 from lowrank.settings import Settings, configs_in
 from lowrank.third_party import names_code
@@ -177,10 +179,11 @@ def _type_of(group: str, value: Any, objects: dict[str, Any]) -> Any:
             raise ConfigError(f"{group}: {named} needs a field `type: Literal['my_module:MyThing']`")
         objects[name] = SimpleNamespace(Config=config) if value is config else value
         return name
-    if group != "objective" or not hasattr(value, "loss"):
+    if group != "objective" or not any(hasattr(value, member) for member in PROTOCOL):
+        itself = " or an object with `record`, `count` and `loss`," if group == "objective" else ""
         raise ConfigError(
-            f"{group}: {value!r} cannot be used; give a class with the attribute `Config` (docs/add-a-variant.md and "
-            "its neighbors), its settings (the class or an object of it), or a name"
+            f"{group}: {value!r} cannot be used; give{itself} a class with the attribute `Config`, its settings (the "
+            f"class or an object of it), or a name: {PAGES[group]}"
         )
     name = name_of(value, objects)
     objects[name] = with_settings(name, value)

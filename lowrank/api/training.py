@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from lowrank.config import RunConfig, read_file, unused, validate_settings
 from lowrank.config.jobs import as_dict
 from lowrank.config.schema import JobSettings
 from lowrank.dotted_keys import flat_settings
-from lowrank.errors import ConfigError, OutputError
+from lowrank.errors import ConfigError, OutputError, raise_all
 from lowrank.notices import log_notice
 from lowrank.pipelines.launch import train as train_run
 from lowrank.pipelines.resolve import is_run
@@ -29,7 +29,7 @@ from lowrank.report.reporters.metrics import read_metrics
 from lowrank.report.reporters.notebook import NotebookReporter, in_notebook
 from lowrank.report.summary import SUMMARY
 from lowrank.settings import Settings
-from lowrank.third_party import code_allowed, objects_given
+from lowrank.third_party import call_problem, code_allowed, objects_given
 
 if TYPE_CHECKING:
     import pandas
@@ -41,7 +41,7 @@ Listener = Reporter | Callable[[Event], None]
 def train(
     config: RunConfig | str | Path | None = None,
     *,
-    reporters: Sequence[Listener] = (),
+    reporters: Listener | Sequence[Listener] = (),
     progress: bool | None = None,
     strict: bool = False,
     allow_code: bool = False,
@@ -65,7 +65,8 @@ def train(
                   functions. An objective has what `Objective` says. A reward function is called with keywords, lists of
                   one item for each answer: `prompts`, `completions` (messages), `completion_ids`, `label` and the
                   data's columns; it returns a number for each answer.
-    reporters     receive every event: objects with `report(event)` and `close()`, or plain functions.
+    reporters     receive every event: objects with `report(event)` and `close()`, or plain functions; one, or a list of
+                  them. One that raises is left out from then on, and training goes on.
     progress      True shows the run on the terminal, False nowhere. Left out: in a notebook as a live table and curve,
                   elsewhere as records of the logger `lowrank` (warnings are seen, the rest with
                   `logging.basicConfig(level="INFO")`).
@@ -80,13 +81,14 @@ def train(
             "objects: a run is given its objects where its settings stand: train(data=rows, objective=Focal(), ...); "
             "to go on with a run in a new process there is lowrank.TrainedRun(RUN).resume(objects=[...])"
         )
+    listeners = _listeners(reporters, progress)
     given = plain_settings(settings)
     if isinstance(config, RunConfig):
         for job in config.jobs:
             name_functions(job.data, given.objects)
     with code_allowed(allow_code), objects_given(given.objects):
         resolved = _config(config, given)
-        summary = train_run(resolved, reporters=_listeners(reporters, progress), strict=strict)
+        summary = train_run(resolved, reporters=listeners, strict=strict)
     return TrainedRun(resolved.output_dir, summary=summary, config=resolved, objects=given.objects)
 
 
@@ -114,11 +116,31 @@ def _as_json(value: Any) -> Any:
     return as_dict(value) if isinstance(value, Settings) else str(value)
 
 
-def _listeners(reporters: Sequence[Listener], progress: bool | None) -> list[Reporter]:
-    listening = [each if hasattr(each, "report") else _Callback(each) for each in reporters]  # type: ignore[arg-type]
+def _listeners(reporters: Listener | Sequence[Listener], progress: bool | None) -> list[Reporter]:
+    """The view that `progress` asks for, and `reporters`. ConfigError lists those that cannot receive events."""
+    given: Any = reporters
+    several = isinstance(given, Iterable) and not isinstance(given, str) and not hasattr(given, "report")
+    listed: list[Any] = list(given) if several else [given]
+    found = [(f"reporters.{number}" if several else "reporters", each) for number, each in enumerate(listed)]
+    problems = [f"{place}: {problem}" for place, each in found if (problem := _reporter_problem(each))]
+    raise_all(ConfigError, "train: these reporters cannot be used (docs/add-a-reporter.md):", problems)
+    listening = [each if hasattr(each, "report") else _Callback(each) for each in listed]
     if progress or (progress is None and in_notebook()):
         return [NotebookReporter() if in_notebook() else view_for(), *listening]  # type: ignore[list-item]
     return [*([LogReporter()] if progress is None else []), *listening]  # type: ignore[list-item]
+
+
+def _reporter_problem(thing: Any) -> str | None:
+    """Why `thing` cannot receive events; None if it can."""
+    if isinstance(thing, type):
+        return f"{thing.__name__} is a class; give an object of it, {thing.__name__}(...)"
+    receives = getattr(thing, "report", thing)
+    if not callable(receives):
+        trackers = "; a tracker is named by report_to" if isinstance(thing, str) else ""
+        return f"{thing!r} has no method `report(event)` and is no function that could be called with events{trackers}"
+    problem = call_problem(receives, "event")
+    name = f"{type(thing).__name__}.report" if receives is not thing else getattr(thing, "__qualname__", repr(thing))
+    return problem and f"{name} {problem}"
 
 
 class _Callback:
@@ -200,7 +222,7 @@ class TrainedRun:
         self,
         *,
         objects: Sequence[Any] = (),
-        reporters: Sequence[Listener] = (),
+        reporters: Listener | Sequence[Listener] = (),
         progress: bool | None = None,
         allow_code: bool = False,
         **changes: Any,
@@ -218,6 +240,7 @@ class TrainedRun:
 
         ConfigError for an object that is missing, or that the run does not know.
         """
+        listeners = _listeners(reporters, progress)
         config = self._config
         settings = read_file(self.path / CONFIG) if config is None else self._with_added_jobs(config)
         again = given_again(objects, settings)
@@ -228,7 +251,7 @@ class TrainedRun:
         with code_allowed(allow_code), objects_given(known):
             refuse_missing(settings, str(self.path))
             changed = validate_settings(settings, source=f"the settings of {self.path} with changes")
-            summary = train_run(changed, reporters=_listeners(reporters, progress))
+            summary = train_run(changed, reporters=listeners)
         resumed = TrainedRun(self.path, summary=summary, config=changed, objects=known)
         resumed._kept_rows += [config, again.rows, self._kept_rows]
         return resumed

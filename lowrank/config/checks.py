@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank.adapters.prompts import PromptSettings
 from lowrank.checkpoints.run_folder import RUN_FILES, STOP
+from lowrank.config.own_types import adapter_problems, objective_problems, optimizer_problems
 from lowrank.models.layer_wrappers import wrapping_conflicts
 from lowrank.objectives import needs
 from lowrank.objectives.rollout import RolloutSettings
+from lowrank.objectives.sft import SFTConfig
 from lowrank.records import Text
 from lowrank.search.candidates import first_candidates
 from lowrank.search.config import SweepConfig
@@ -29,7 +31,20 @@ _DEVICES = ("con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt"
 
 def conflicts(config: RunConfig) -> list[str]:
     """Everything that cannot be done as asked, one line each, with the way out."""
-    found = [*_name_conflicts(config), *_run_conflicts(config)]
+    found, unusable = list(_name_conflicts(config)), set[int]()
+    for index, job in enumerate(config.jobs):
+        of_objective = objective_problems(job)
+        own = [*of_objective, *adapter_problems(job), *optimizer_problems(job)]
+        found.extend(f"{place_of(config, index)}{problem}" for problem in own)
+        if of_objective:
+            unusable.add(index)
+    if unusable:  # whatever else is wrong is found beside a plain objective
+        jobs = [
+            job.model_copy(update={"objective": SFTConfig()}) if index in unusable else job
+            for index, job in enumerate(config.jobs)
+        ]
+        config = config.model_copy(update={"jobs": tuple(jobs)})
+    found.extend(_run_conflicts(config))
     for index, job in enumerate(config.jobs):
         found.extend(f"{place_of(config, index)}{problem}" for problem in _job_conflicts(config, job))
     return found

@@ -71,7 +71,9 @@ class LayerWrapperConfig(Settings):
 if TYPE_CHECKING:
     LayerWrapperChoice = LayerWrapperConfig
 else:
-    LayerWrapperChoice = choice_of(_PACKAGE, default="")
+    LayerWrapperChoice = choice_of(
+        _PACKAGE, default="", page="lowrank/models/layer_wrappers.py", base=LayerWrapperConfig
+    )
 
 
 def saved_wrapper(config: Any) -> LayerWrapperConfig | None:

@@ -138,4 +138,4 @@ if TYPE_CHECKING:
 
         def build(self) -> Objective: ...
 else:
-    ObjectiveConfig = choice_of(__name__, default="sft")
+    ObjectiveConfig = choice_of(__name__, default="sft", page="docs/add-an-objective.md")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Protocol, cast
 
 import numpy as np
@@ -16,9 +16,11 @@ from typing_extensions import Self
 from lowrank.errors import ConfigError
 from lowrank.objectives import ObjectiveSettings
 from lowrank.settings import NonNegative, Positive
-from lowrank.third_party import load_code, may_run, names_code
+from lowrank.third_party import load_code, may_run, names_code, parameters_of, signature_of
 
 RewardFunction = Callable[..., Sequence[float | None]]
+OF_THE_TRAINER = ("prompts", "completions", "completion_ids", "label")
+"""Arguments of reward functions that are given whatever the columns of the data are."""
 
 
 class RolloutSettings(ObjectiveSettings):
@@ -178,7 +180,37 @@ def find_reward_function(name: str) -> RewardFunction:
     found: Any = load_code(name)
     if not callable(found):
         raise ConfigError(f"{name!r} is no function")
+    signature = signature_of(found)
+    if signature is not None and any(each.kind is each.POSITIONAL_ONLY for each in _required(signature)):
+        takes = parameters_of(signature)
+        raise ConfigError(f"{name!r} takes {takes} by position, and reward functions are called by keyword")
+    if inspect.iscoroutinefunction(found):
+        raise ConfigError(f"{name!r} is `async def`, whose calls give no rewards; make it a plain function")
     return cast(RewardFunction, found)
+
+
+def reward_function_problems(reward_funcs: Sequence[str], columns: Collection[str]) -> Iterator[str]:
+    """Yield what the functions require and are never given: neither the trainer's own nor of the data's `columns`."""
+    for name in reward_funcs:
+        signature = signature_of(find_reward_function(name))
+        missing = [each.name for each in _required(signature) if each.name not in {*OF_THE_TRAINER, *columns}]
+        if missing:
+            yield (
+                f"objective.reward_funcs: {name} requires {', '.join(missing)}; {_called_with(columns)}. Give the rows "
+                "such a column, or the parameter a default"
+            )
+
+
+def _required(signature: inspect.Signature | None) -> list[inspect.Parameter]:
+    """The parameters without a default; none where they cannot be known."""
+    parameters = [] if signature is None else list(signature.parameters.values())
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each for each in parameters if each.default is each.empty and each.kind not in variable]
+
+
+def _called_with(columns: Iterable[str]) -> str:
+    own = ", ".join(name for name in columns if name not in OF_THE_TRAINER)
+    return f"it is called with {', '.join(OF_THE_TRAINER)} and the columns of the data ({own or 'none'})"
 
 
 def call_reward_function(name: str, count: int, arguments: Mapping[str, Sequence[Any]]) -> np.ndarray:
@@ -187,16 +219,17 @@ def call_reward_function(name: str, count: int, arguments: Mapping[str, Sequence
     ConfigError if it raises, or gives anything but `count` finite numbers and Nones.
     """
     function = find_reward_function(name)
-    taken = inspect.signature(function).parameters
-    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in taken.values()):
-        arguments = {key: value for key, value in arguments.items() if key in taken}
+    signature = signature_of(function)
+    taken = arguments
+    if signature is not None and not any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values()):
+        taken = {key: value for key, value in arguments.items() if key in signature.parameters}
     try:
-        given = list(function(**arguments))
+        given = list(function(**taken))
         reward_N = np.array([math.nan if each is None else float(each) for each in given], np.float64)
     except Exception as error:  # a third party's
         raise ConfigError(
-            f"reward_funcs: {name} fails: {type(error).__name__}: {error}\n  it is called with prompts, completions, "
-            f"completion_ids and the columns of the data ({', '.join(arguments)}), and must return a list of numbers"
+            f"reward_funcs: {name} fails: {type(error).__name__}: {error}\n  {_called_with(arguments)}, and must "
+            "return a list of numbers"
         ) from error
     if len(reward_N) != count:
         raise ConfigError(f"reward_funcs: {name} gave {len(reward_N)} rewards for {count} answers; give one for each")

@@ -25,6 +25,7 @@ from lowrank.generate.transformers_fallback import image_problem
 from lowrank.models.base import Base
 from lowrank.models.checks.isolation import shares_prompts
 from lowrank.objectives import needs
+from lowrank.objectives.rollout import RolloutSettings, reward_function_problems
 from lowrank.records import Preference
 from lowrank.report.events import Event, Notice
 from lowrank.train.calibration_pass import calibration_passes
@@ -106,6 +107,19 @@ def check_steps(jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> None:
         problem = None if job.trains_base else job.adapter.schedule_problem(num_steps_of(job, prepared))
         problems += [f"{job.name}: {problem}"] if problem else []
     raise_all(ConfigError, "these jobs are too short for their adapters:", problems)
+
+
+def check_reward_functions(jobs: Sequence[JobConfig], data: Sequence[Prepared]) -> None:
+    """Check that reward functions require no column that no row has. ConfigError lists those that do; of a stream the
+    columns are not known yet."""
+    problems: list[str] = []
+    for job, prepared in zip(jobs, data):
+        if isinstance(job.objective, RolloutSettings) and prepared.train.samples:
+            rows = (segment for sample in (*prepared.train.samples, prepared.eval) for segment in sample)
+            columns = {name: None for segment in rows if segment.prompted for name in segment.prompted.columns}
+            found = reward_function_problems(job.objective.reward_funcs, columns)
+            problems += [f"{job.name}: {problem}" if len(jobs) > 1 else problem for problem in found]
+    raise_all(ConfigError, "these reward functions cannot be called:", problems)
 
 
 def check_tokens(jobs: Sequence[JobConfig], tokenizer: Any) -> None:

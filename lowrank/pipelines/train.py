@@ -25,7 +25,7 @@ from lowrank.pipelines.active_run import ActiveRun, build_queue
 from lowrank.pipelines.artifacts import with_adapters_found
 from lowrank.pipelines.job_data import prepare_all, report_data_findings
 from lowrank.pipelines.job_queue import JobQueue
-from lowrank.pipelines.job_setup import check_steps, check_tokens
+from lowrank.pipelines.job_setup import check_reward_functions, check_steps, check_tokens
 from lowrank.pipelines.media import prepare_media
 from lowrank.pipelines.memory_plan import MemoryBudget, refuse_too_many, tokens_of
 from lowrank.pipelines.rank_agreement import (
@@ -200,6 +200,7 @@ def read_jobs(config: RunConfig, report: Callable[[Event], None], strict: bool) 
     data = prepare_all(config.jobs, config.model, tokenizer, report, strict)
     report_data_findings(report, config.jobs, data)
     check_steps(config.jobs, data)
+    check_reward_functions(config.jobs, data)
     if config.model.random_init is None:
         check_weights(loading.locate(config.model.path))
     return tokenizer, data

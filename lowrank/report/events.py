@@ -157,7 +157,8 @@ Event = Union[  # noqa: UP007 (read at run time on Python 3.10)
 
 class Reporter(Protocol):
     """Somebody who listens: what other trainers call a callback. A run ends early by `lowrank.LiveRun(folder).end()`,
-    from `report` too."""
+    from `report` too. A reporter that raises is left out from then on, the others receive a notice of it, and training
+    goes on."""
 
     def report(self, event: Event) -> None:
         """Called in order, from the training thread, for every event; events it does not care for are ignored."""

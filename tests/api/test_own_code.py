@@ -13,16 +13,22 @@ import torch
 
 import lowrank
 from lowrank.adapters.config import AdapterSettings
+from lowrank.adapters.variants.base import Variant
 from lowrank.adapters.variants.dora import DoraConfig
 from lowrank.adapters.variants.lora import Lora, LoraConfig
 from lowrank.api.settings import plain_settings
+from lowrank.api.training import _listeners
 from lowrank.config import validate_settings
 from lowrank.models.storages import BaseLinear
 from lowrank.objectives.pretrain import PretrainConfig
+from lowrank.objectives.rollout import call_reward_function
 from lowrank.records import Conversation, Message
 from lowrank.report.events import RunFinished, StepDone
+from lowrank.report.reporters.log import LogReporter
+from lowrank.report.reporters.trackers import connect_trackers
 from lowrank.settings import Settings
 from lowrank.third_party import objects_given
+from lowrank.train.optimizers import OptimizerSettings
 from lowrank.train.optimizers.adamw import AdamWConfig
 from tests.api.quick_run import QUICK, ROWS, settings
 
@@ -234,6 +240,201 @@ def test_classes_and_settings_classes_stand_for_their_type(given: dict[str, Any]
         config = validate_settings({**QUICK, "data": "lowrank/demo", "output_dir": "x", **plain.values})
     group = next(iter(given))
     assert getattr(config.jobs[0], group).type == type_name
+
+
+def problems_of(**given: Any) -> list[str]:
+    """Return what is refused of these settings, before a model is located: the one named here is nowhere."""
+    with pytest.raises(lowrank.LowrankError) as caught:
+        lowrank.train(**{"model": "nowhere", "data": ROWS, "output_dir": "never", **given})
+    return [line.removeprefix("  - ") for line in str(caught.value).splitlines()]
+
+
+def of(thing: type, *left_out: str, **others: Any) -> Any:
+    """Return `thing` without some members, and with others."""
+    members = {name: value for name, value in vars(thing).items() if name not in left_out}
+    return type("Own", (), members | others)
+
+
+def test_an_objective_that_lacks_a_member_is_refused_with_the_settings() -> None:
+    kinds = "the class of record that it learns from: Conversation, Text, Preference, Rated, Prompted"
+    page = "docs/add-an-objective.md"
+    heading, *found = problems_of(
+        jobs=[
+            {"name": "a", "objective": of(Focal, "record", "Config")()},
+            {"name": "b", "objective": of(Focal, "count", "Config")(), "data": {"train": ROWS, "streaming": True}},
+            {"name": "c", "objective": of(Focal, "Config", record=str, needs=("refrence",))},
+            {"name": "d", "objective": of(Focal, "Config", needs=("observed",), count=lambda self: {})()},
+            {"name": "e", "objective": of(Focal, "Config", __init__=lambda self, gamma: None)},
+        ]
+    )
+    assert heading == "the settings of lowrank.train cannot be used:"
+    built = found.pop(6)
+    assert built.startswith("jobs.4.objective: tests.api.test_own_code:Own_5 cannot be built: TypeError: ")
+    assert "missing 1 required positional argument: 'gamma'" in built
+    assert found == [
+        f"jobs.0.objective: Own has no `record`, {kinds}: {page}",
+        f"jobs.1.objective: Own has no method `count(batch)`: {page}",
+        f"jobs.2.objective: Own.record is <class 'str'>; expected {kinds}: {page}",
+        f"jobs.2.objective: Own.needs has 'refrence'; did you mean 'reference'?: {page}",
+        f"jobs.3.objective: Own.count takes (), and is called with (batch): {page}",
+        f"jobs.3.objective: Own has no method `observe(scores, batch)`: {page}",
+        "jobs.1.max_steps: needed with data.streaming, since the number of rows is not known beforehand",
+    ]
+
+
+def test_what_cannot_receive_events_is_refused_before_anything_is_read() -> None:
+    class Hooks:
+        def on_step_end(self, *arguments: Any) -> None:
+            raise AssertionError("never called")
+
+        def __repr__(self) -> str:
+            return "Hooks()"
+
+    class Report(Hooks):
+        def report(self) -> None:
+            raise AssertionError("never called")
+
+    def nothing() -> None:
+        raise AssertionError("never called")
+
+    without = "has no method `report(event)` and is no function that could be called with events"
+    refused = [
+        "train: these reporters cannot be used (docs/add-a-reporter.md):",
+        f"reporters.0: Hooks() {without}",
+        "reporters.1: Report.report takes (), and is called with (event)",
+        "reporters.2: Report is a class; give an object of it, Report(...)",
+        f"reporters.3: {nothing.__qualname__} takes (), and is called with (event)",
+        f"reporters.4: 'wandb' {without}; a tracker is named by report_to",
+    ]
+    given: Any = [Hooks(), Report(), Report, nothing, "wandb", print, [].append]
+    assert problems_of(reporters=given) == refused
+    assert problems_of(reporters=Hooks())[1:] == [f"reporters: Hooks() {without}"]
+    assert problems_of(reporters=None)[1:] == [f"reporters: None {without}"]
+    run = lowrank.TrainedRun("never", config=Any)  # type: ignore[arg-type]
+    with pytest.raises(lowrank.ConfigError, match=r"reporters\.0: Hooks\(\) has no method"):
+        run.resume(reporters=[Hooks()])  # type: ignore[list-item]
+
+
+def test_a_single_function_is_a_list_of_one_reporter() -> None:
+    received: list[Any] = []
+    view, alone = _listeners(received.append, None)
+    alone.report("event")  # type: ignore[arg-type]
+    assert (type(view), received) == (LogReporter, ["event"])
+    assert _listeners(view, False) == [view]
+
+
+def test_a_reporter_of_ones_own_in_a_file_is_checked(tmp_path: Path) -> None:
+    with objects_given({"own:Hooks": lambda folder: [folder]}), pytest.raises(lowrank.ConfigError) as caught:
+        connect_trackers(tmp_path, ["own:Hooks"])
+    assert caught.value.problems == (
+        "own:Hooks gives a list, which has no method `report(event)`: docs/add-a-reporter.md",
+    )
+
+
+def test_what_is_none_of_a_kind_is_answered_with_the_page_of_that_kind() -> None:
+    def function(scores: Any) -> None:
+        raise AssertionError("never called")
+
+    for group, page in (
+        ("objective", "add-an-objective"), ("adapter", "add-a-variant"), ("optimizer", "add-an-optimizer"),
+    ):  # fmt: skip
+        (text,) = problems_of(**{group: function})
+        assert text.startswith(f"{group}: <function test_what")
+        assert text.endswith(f"or a name: docs/{page}.md")
+    assert "an object with `record`, `count` and `loss`" in problems_of(objective=function)[0]
+    wrong = problems_of(adapter=Focal, optimizer=Scaled)[1:]
+    assert wrong == [
+        "adapter: tests.api.test_own_code:Focal.Config is <class 'tests.api.test_own_code._FocalSettings'>; expected a "
+        "subclass of lowrank.adapters.config.AdapterSettings: docs/add-a-variant.md",
+        "optimizer: tests.api.test_own_code:Scaled.Config is <class 'tests.api.test_own_code.Scaled.Config'>; expected "
+        "a subclass of lowrank.train.optimizers.OptimizerSettings: docs/add-an-optimizer.md",
+    ]
+
+
+class Idle:
+    """An optimizer and a variant that do nothing."""
+
+    class Config(OptimizerSettings):
+        type: Literal["tests.api.test_own_code:Idle"] = "tests.api.test_own_code:Idle"
+
+
+class Empty(Variant):
+    class Config(AdapterSettings):
+        type: Literal["tests.api.test_own_code:Empty"] = "tests.api.test_own_code:Empty"
+
+        def build(self) -> Empty:
+            return Empty()
+
+
+def test_variants_and_optimizers_that_say_nothing_are_refused_with_the_settings() -> None:
+    assert problems_of(adapter=Empty, optimizer=Idle, objective=Scaled)[1:7] == [
+        "objective: Scaled has no `record`, the class of record that it learns from: Conversation, Text, Preference, "
+        "Rated, Prompted: docs/add-an-objective.md",
+        "objective: Scaled has no method `count(batch)`: docs/add-an-objective.md",
+        "objective: Scaled has no method `loss(scores, batch, totals)`: docs/add-an-objective.md",
+        "adapter: Empty has no method `init(base, rank, scale, generator)`, which returns fresh tensors: "
+        "docs/add-a-variant.md",
+        "adapter: Empty has neither `as_low_rank(tensors)` nor both of `apply` and `merge`, so nothing says what it "
+        "does: docs/add-a-variant.md",
+        "optimizer: Idle.Config has no method `make(groups)`, which returns the optimizer: docs/add-an-optimizer.md",
+    ]
+
+
+def test_reward_functions_are_checked_before_the_model_loads() -> None:
+    async def slow(completions: list[Any]) -> list[float]:
+        return []
+
+    def by_place(completions: list[Any], /) -> list[float]:
+        return []
+
+    def graded(completions: list[Any], rubric: list[str], label: Any, at: int = 0) -> list[float]:
+        return []
+
+    grpo = {"type": "grpo", "num_generations": 2}
+    for function, text in (
+        (slow, "is `async def`, whose calls give no rewards; make it a plain function"),
+        (by_place, "takes (completions, /) by position, and reward functions are called by keyword"),
+        (7, "expected a text, got 7"),
+    ):
+        assert problems_of(objective={**grpo, "reward_funcs": [function]})[1].endswith(text)
+    rows = [{"prompt": f"Say {n}.", "topic": "numbers"} for n in range(4)]
+    given = {"model": "lowrank/tiny", "data": rows}
+    assert problems_of(**given, objective={**grpo, "reward_funcs": [graded]})[1:] == [
+        f"objective.reward_funcs: {__name__}:test_reward_functions_are_checked_before_the_model_loads_graded "
+        "requires rubric; it is called with prompts, completions, completion_ids, label and the columns of the data "
+        "(prompt, topic). Give the rows such a column, or the parameter a default"
+    ]
+
+
+def test_a_reward_function_that_fails_is_told_each_argument_once() -> None:
+    given = {"label": [None], "topic": ["x"], "prompts": [[]], "completions": [[]], "completion_ids": [[]]}
+    for function in (lambda completions: 1 / 0, max):
+        with objects_given({"own:fn": function}), pytest.raises(lowrank.ConfigError) as caught:
+            call_reward_function("own:fn", 1, given)
+        assert str(caught.value).splitlines()[-1] == (
+            "  it is called with prompts, completions, completion_ids, label and the columns of the data (topic), and "
+            "must return a list of numbers"
+        )
+
+
+def test_functions_for_rows_and_formats_are_checked_by_their_signature() -> None:
+    def of_a_file(path: str) -> Any:
+        raise AssertionError("never called")
+
+    def short(row: Any) -> Conversation:
+        raise AssertionError("never called")
+
+    def nameless(row: Any, columns: Any, tags: Any) -> Conversatoin:  # type: ignore[name-defined]  # noqa: F821
+        raise AssertionError("never called")
+
+    (text,) = problems_of(data=of_a_file)
+    assert text.endswith("of_a_file takes (path), and is called with ()")
+    for function, problem in (
+        (short, "short takes (row), and is called with (row, columns, tags): docs/add-a-format.md"),
+        (nameless, "format nameless: its annotations cannot be read: NameError: name 'Conversatoin' is not defined"),
+    ):
+        text = problems_of(model="lowrank/tiny", data={"train": {"rows": ROWS, "format": function}})[1]
+        assert text.endswith(problem), text
 
 
 def test_a_settings_class_of_another_group_is_refused() -> None:

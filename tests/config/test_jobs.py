@@ -10,6 +10,8 @@ from lowrank.adapters.variants.rslora import RsLoraConfig
 from lowrank.config import JobConfig, RunConfig, validate_settings
 from lowrank.data.config import DataConfig
 from lowrank.errors import ConfigError
+from lowrank.objectives import Objective
+from lowrank.objectives.sft import SFTConfig
 from lowrank.settings import Settings
 
 TOP: dict[str, Any] = {"model": "lowrank/tiny", "data": "lowrank/demo", "output_dir": "runs/x"}
@@ -108,6 +110,9 @@ class MyLoss:
         type: Literal["tests.config.test_jobs:MyLoss"] = "tests.config.test_jobs:MyLoss"
         beta: float = 1.0
         """Of no meaning."""
+
+        def build(self) -> Objective:
+            return SFTConfig().build()
 
 
 class Nameless:

@@ -32,4 +32,6 @@ if TYPE_CHECKING:
 
         def build(self) -> Variant: ...
 else:
-    AdapterConfig = choice_of(__name__, default="lora", absent=ABSENT)
+    AdapterConfig = choice_of(
+        __name__, default="lora", absent=ABSENT, page="docs/add-a-variant.md", base=AdapterSettings
+    )

@@ -31,7 +31,7 @@ from lowrank.data.formats.turns import conversation, prompt, read_tools, read_tu
 from lowrank.data.formats.unread import peek, whole
 from lowrank.errors import ConfigError, DataError, did_you_mean
 from lowrank.records import Conversation, Message, Preference, Prompted, Rated, Record, Text
-from lowrank.third_party import CodeRefused, load_code
+from lowrank.third_party import CodeRefused, call_problem, load_code
 
 Row = Mapping[str, Any]
 Names = Mapping[str, str]
@@ -296,15 +296,20 @@ def find_format(name: str) -> Format:
     except ConfigError as error:
         raise DataError(f"format: {error}") from error
     record_type(found)
+    if problem := call_problem(found, "row", "columns", "tags"):
+        raise DataError(f"format {name} {problem}: docs/add-a-format.md")
     return found
 
 
 def record_type(function: Format) -> type:
     """The kind of record a format makes, by its annotation. DataError if it does not say."""
     kinds = get_args(Record)
-    made = get_type_hints(function).get("return") if inspect.isroutine(function) else None
+    name = getattr(function, "__name__", repr(function))
+    try:
+        made = get_type_hints(function).get("return") if inspect.isroutine(function) else None
+    except Exception as error:  # an annotation in quotes that names nothing
+        raise DataError(f"format {name}: its annotations cannot be read: {type(error).__name__}: {error}") from error
     if made is None or made not in kinds:
-        name = getattr(function, "__name__", repr(function))
         names = ", ".join(kind.__name__ for kind in kinds)
         raise DataError(f"format {name}: annotate what it returns, `-> Conversation` for one; it can be {names}")
     return made

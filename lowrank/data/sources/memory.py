@@ -22,6 +22,7 @@ from lowrank.data.sources.readers import without_filled
 from lowrank.data.sources.undecoded import undecoded_rows
 from lowrank.errors import DataError
 from lowrank.media.decoding import from_pillow
+from lowrank.third_party import call_problem
 
 RowsLike = Union[Iterable[Mapping[str, Any]], Callable[[], Iterable[Mapping[str, Any]]]]  # noqa: UP007 (Python 3.10)
 """Rows, or a function without arguments that yields them (what `datasets.Dataset.from_generator` takes)."""
@@ -116,6 +117,9 @@ def _each(rows: Any) -> Iterator[Any]:
         yield from ({key: without_filled(value) for key, value in row.items()} for row in undecoded_rows(rows))
         return
     if callable(rows) and not isinstance(rows, Iterable):
+        if problem := call_problem(rows):
+            name = getattr(rows, "__qualname__", repr(rows))
+            raise DataError(f"data: a function that returns the rows takes no arguments; {name} {problem}")
         rows = rows()
     if not isinstance(rows, Iterable):
         raise DataError(f"data: rows are a list of dicts, a datasets.Dataset, a DataFrame or a generator, not a "

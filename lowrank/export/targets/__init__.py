@@ -19,4 +19,4 @@ if TYPE_CHECKING:
 
         def build(self) -> ExportTarget: ...
 else:
-    TargetConfig = choice_of(__name__, default="merged")
+    TargetConfig = choice_of(__name__, default="merged", page="docs/add-an-export-target.md")

@@ -46,4 +46,4 @@ if TYPE_CHECKING:
 
         def bytes_of(self, shape: tuple[int, int], itemsize: int = 2) -> int: ...
 else:
-    StorageConfig = choice_of(__name__, default="dense")
+    StorageConfig = choice_of(__name__, default="dense", page="docs/add-a-storage.md")

@@ -170,4 +170,6 @@ if TYPE_CHECKING:
 
         type: str
 else:
-    OptimizerConfig = choice_of(__name__, default="adamw", absent=ABSENT)
+    OptimizerConfig = choice_of(
+        __name__, default="adamw", absent=ABSENT, page="docs/add-an-optimizer.md", base=OptimizerSettings
+    )

@@ -46,5 +46,10 @@ def connect_trackers(output_dir: Path, report_to: Sequence[str]) -> list[Reporte
 
 def _connect(name: str, output_dir: Path) -> Reporter:
     if names_code(name):
-        return load_code(name)(output_dir)
+        made = load_code(name)(output_dir)
+        if not callable(getattr(made, "report", None)):
+            raise ConfigError(
+                f"{name} gives a {type(made).__name__}, which has no method `report(event)`: docs/add-a-reporter.md"
+            )
+        return made
     return importlib.import_module(f"{__name__}.{name}").connect(output_dir)
