@@ -13,9 +13,10 @@ import lowrank.models.loading.pretrained as loading
 from lowrank.checkpoints.base_tensors import on_base, refuse_other_shapes
 from lowrank.checkpoints.language_names import on_composite
 from lowrank.checkpoints.peft_layout import AdapterOnDisk
-from lowrank.errors import ModelError
+from lowrank.errors import LowrankError, ModelError
 from lowrank.export.merge.tensor_names import Names
 from lowrank.export.merge.weights import TensorSource, Weights
+from lowrank.hub_reach import hub_or_cache
 from lowrank.models.config import ModelConfig
 from lowrank.models.layers import Parts
 from lowrank.models.loading.model_class import is_composite, model_class
@@ -97,7 +98,12 @@ def on_disk(model: ModelConfig) -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(huggingface_hub.snapshot_download(model.path, revision=model.revision, allow_patterns=_BASE_FILES))
+        with hub_or_cache(model.path, model.revision):
+            return Path(
+                huggingface_hub.snapshot_download(model.path, revision=model.revision, allow_patterns=_BASE_FILES)
+            )
+    except LowrankError:
+        raise
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors
         raise ModelError(
             f"{model.path}: no such folder, and it could not be downloaded from the hub ({error}); name the "

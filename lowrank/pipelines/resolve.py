@@ -21,6 +21,7 @@ from lowrank.checkpoints.steps import STATE_FILE
 from lowrank.errors import ModelError
 from lowrank.foreign_files import read_json
 from lowrank.hub_names import is_hub_name
+from lowrank.hub_reach import hub_or_cache
 from lowrank.models import modelscope_hub
 
 _MODEL_CONFIG = "config.json"
@@ -117,13 +118,16 @@ def on_hub(name: str, revision: str | None = None) -> Path | None:
     try:
         if is_cached(_MODEL_CONFIG) and not is_cached(CONFIG_FILE):
             return None  # a model that was downloaded before: where there is no network, nobody waits for one
-        huggingface_hub.hf_hub_download(name, CONFIG_FILE, revision=revision)
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_ADAPTER_FILES))
-    except LocalEntryNotFoundError as error:  # each further question to the hub would wait as long again
+        with hub_or_cache(name, revision):
+            huggingface_hub.hf_hub_download(name, CONFIG_FILE, revision=revision)
+            return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_ADAPTER_FILES))
+    except LocalEntryNotFoundError as error:
         raise ModelError(
-            f"{name}: no such folder here; if it is a hub name, check the spelling and the network: the hub cannot be "
-            "reached, and nothing of this name is in its cache"
+            f"{name}: no such folder here; if it is a hub name, check the spelling and the network: the hub does not "
+            "give it, and its cache does not have all of it"
         ) from error
+    except ModelError:
+        raise
     except (OSError, ValueError):  # the hub's own errors are OSErrors
         return None
 

@@ -25,6 +25,7 @@ from lowrank.adapters.bank import Bank
 from lowrank.adapters.variants import AdapterConfig
 from lowrank.batches import BASE_SLOT, Batch, pack
 from lowrank.errors import ModelError
+from lowrank.hub_reach import hub_or_cache
 from lowrank.media.processor import MediaProcessor
 from lowrank.models.attention.packed import BoundariesMissing
 from lowrank.models.base import Base
@@ -344,7 +345,7 @@ def _torch_keeps_quiet() -> Generator[None, None, None]:
 def read_config(config: ModelConfig) -> Any:
     """The model's config.json. ModelError if it cannot be had."""
     check_path(locate(config.path))
-    with quiet_transformers():
+    with quiet_transformers(), hub_or_cache(locate(config.path), config.revision):
         try:
             found = transformers.AutoConfig.from_pretrained(
                 locate(config.path), revision=config.revision, trust_remote_code=config.runs_own_code

@@ -12,17 +12,16 @@ from typing import Any
 from lowrank.data.sources.places import shown
 from lowrank.data.sources.undecoded import undecoded_rows
 from lowrank.errors import DataError
+from lowrank.hub_reach import cache_alone, unreachable
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_PATIENCE = 10.0
-"""Seconds the hub has to answer."""
 
 
 def rows_of(path: str, split: str, subset: str | None, streaming: bool) -> Iterator[dict[str, Any]]:
     """The rows of the dataset called `path`. DataError, in one sentence and without waiting, if it cannot be had."""
     import datasets  # takes as long to import as torch, and only hub names need it
 
-    away = _away(path)
+    away = unreachable(path, "datasets")
     what = f"(split {split!r}{f', subset {subset!r}' if subset else ''})"
     try:
         with _quiet(), _offline(away is not None):
@@ -48,24 +47,6 @@ def folder_of_files() -> tuple[Path, tuple[str, ...]]:
     return own, ()
 
 
-def _away(path: str) -> str | None:
-    """Why the hub does not answer, after one try; None if it does."""
-    import httpx
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set, and there is no copy of it in the cache"
-    try:
-        httpx.head(f"{constants.ENDPOINT}/api/datasets/{path}", timeout=_PATIENCE, follow_redirects=False)
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        detail = " ".join(str(error).split())[:120] or type(error).__name__
-        return (
-            f"{constants.ENDPOINT} cannot be reached ({detail}), and there is no copy of it in the cache; "
-            "check the network or HF_ENDPOINT, or download it elsewhere and name its folder"
-        )
-    return None
-
-
 @contextmanager
 def _offline(away: bool) -> Generator[None, None, None]:
     """Let `datasets` look into its cache alone."""
@@ -73,14 +54,13 @@ def _offline(away: bool) -> Generator[None, None, None]:
         yield
         return
     import datasets.config
-    from huggingface_hub import constants
 
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
     try:
-        yield
+        with cache_alone():
+            yield
     finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 @contextmanager

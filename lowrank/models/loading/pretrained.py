@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from lowrank.errors import LowrankError, ModelError, raise_all
+from lowrank.hub_reach import hub_or_cache
 from lowrank.kernels.accelerators import accelerators, processor_has_bf16
 from lowrank.models import layer_wrappers, rope_scaling
 from lowrank.models.base import Base
@@ -111,7 +112,8 @@ def load(
     moved = placement if placement is not None and placement.moves_layers else None
     assert moved is None or not train_all, "checked with the settings"
     arriving = None if moved is None else LayersArriving(partial(_keep_layer, config, device, moved))
-    model, described = _load_model(copy or config, dtype, device, train_all, arriving)
+    with hub_or_cache(locate((copy or config).path), (copy or config).revision):
+        model, described = _load_model(copy or config, dtype, device, train_all, arriving)
     if copy is not None:
         model.config.name_or_path = locate(config.path)
         described.insert(0, f"reading {copy.path}, which `lowrank quantize` made of {config.path}")

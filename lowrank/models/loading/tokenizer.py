@@ -14,6 +14,7 @@ from transformers.utils.hub import cached_file
 
 from lowrank.errors import LowrankError, ModelError
 from lowrank.foreign_files import find_json, read_json
+from lowrank.hub_reach import hub_or_cache
 from lowrank.media.processor import MediaProcessor, attach
 from lowrank.models.config import ModelConfig
 from lowrank.models.config_numbers import check_numbers
@@ -36,13 +37,13 @@ def check_model(config: ModelConfig) -> None:
     kind.check_path(path)
     if kind.plainly_causal(path):
         return
-    with quiet_transformers():
-        try:
+    try:
+        with quiet_transformers(), hub_or_cache(path, config.revision):
             shape = transformers.AutoConfig.from_pretrained(
                 path, revision=config.revision, trust_remote_code=config.runs_own_code
             )
-        except Exception:  # whatever transformers makes of somebody's file; who needs it, says it
-            return
+    except Exception:  # whatever transformers makes of somebody's file; who needs it, says it
+        return
     check_numbers(shape.to_dict(), f"the configuration of {config.path}")
     kind.refuse_kernels({**shape.to_dict(), **vars(shape)}, f"the configuration of {config.path}")
     kind.check_causal(shape, config.path)
@@ -50,12 +51,12 @@ def check_model(config: ModelConfig) -> None:
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer. Needs no weights, so data can be checked before a model loads; nor a model, where a folder
-    holds a tokenizer alone."""
+    holds a tokenizer alone. ModelError if it cannot be had, or is none."""
     folder = Path(locate(config.path))
     if (folder / "config.json").is_file() or not (folder / "tokenizer_config.json").is_file():
         check_model(config)
     kind.check_tokenizer(locate(config.path))
-    with quiet_transformers():
+    with quiet_transformers(), hub_or_cache(locate(config.path), config.revision):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 locate(config.path),
@@ -132,7 +133,7 @@ def cannot_load(what: str, config: ModelConfig, error: Exception) -> str:
     reason = reason_of(error, find_json(folder / "config.json") or {})
     hints = []
     if not folder.exists():
-        hints.append("no such folder here; if it is a hub name, check the spelling and the network")
+        hints.append("no such folder here; if it is a hub name, check the spelling")
     if isinstance(error, SafetensorError):
         hints.append("a weight file is damaged or was not downloaded to its end: get it again")
     if "trust_remote_code" in str(error) or "custom code" in str(error):

@@ -132,7 +132,7 @@ def test_rows_of_the_hub_reach_no_file_of_this_machine(
     """But for what `datasets` has put into its own folder."""
     import datasets
 
-    monkeypatch.setattr("lowrank.data.sources.hub._away", lambda path: None)
+    monkeypatch.setattr("lowrank.data.sources.hub.unreachable", lambda path, kind: None)
     monkeypatch.setattr("lowrank.data.sources.rows.folder_of_files", lambda: (folder, ("pictures", "hub")))
     outside = folder / "outside.png"  # as a token lies in HF_HOME, beside the caches
     noise(seed=7).save(outside)
