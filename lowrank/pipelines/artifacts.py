@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from lowrank.config import JobConfig, RunConfig, settings_of_run
 from lowrank.data import templates
 from lowrank.data.config import DataConfig
 from lowrank.errors import LowrankError, ModelError, did_you_mean
+from lowrank.foreign_files import find_json
 from lowrank.models.config import ModelConfig, named_model
 from lowrank.notices import log_notice
 from lowrank.pipelines.resolve import ArtifactKind, Resolved, is_run, resolve
+from lowrank.report.summary import SUMMARY
 
 _RUN_ABOVE = 4
 """The most levels between a run's folder and an adapter in it: `<run>/checkpoints/<step>/<job>`."""
@@ -121,6 +123,9 @@ def artifacts_of_run(
     for name, path in there.items():
         if path.name != which and named.checkpoint is None:
             notify(f"{name} has no {which} yet, this is its {_which_it_is(path)}")
+    if which == "best" and named.checkpoint is None:
+        for note in _notes_on_best(folder, there):
+            notify(note)
     if first.trains_base:
         path = there[first.name]
         trained = {"path": str(current(path)), "revision": None, "random_init": None}
@@ -128,6 +133,15 @@ def artifacts_of_run(
         return ModelArtifacts(model, settings[first.name], trained_base=(first.name, path))
     model = _base_of_run(config.model, there.values(), folder, base)
     return ModelArtifacts(model, settings[first.name], there, {name: settings[name] for name in there})
+
+
+def _notes_on_best(run: Path, names: Iterable[str]) -> Iterator[str]:
+    """Yield what the run's summary, if there is one, notes about the best of these jobs."""
+    jobs = (find_json(run / SUMMARY) or {}).get("jobs")
+    for name in names:
+        note = (jobs.get(name) or {}).get("best_note") if isinstance(jobs, dict) else None
+        if isinstance(note, str):
+            yield f"{name}: {note}"
 
 
 def job_of(config: RunConfig, name: str) -> JobConfig:

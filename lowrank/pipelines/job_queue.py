@@ -151,7 +151,7 @@ class JobQueue:
         entry, job = self.entries[name], self.job(name)
         if job is not None:
             job.progress.finished = reason
-            self._report(finish_job(self.allocator.engine, self.checkpointer, job))
+            finish_job(self.allocator.engine, self.checkpointer, job, self._report)
             if self.search is not None:
                 self._apply_decisions(self.search.on_finished(job))
             return

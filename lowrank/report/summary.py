@@ -209,6 +209,7 @@ class SummaryBuilder:
             "first_loss": job.first_loss,
             "last_loss": job.last_loss,
             "best_eval": None if job.best is None else _best(job.best, job.eval_metric, job.best_score),
+            "best_note": note_on_best(None if job.best is None else int(job.best[0]), job.steps),
             "last_eval": None if not job.evals else {"step": int(job.evals[-1][0]), "loss": job.evals[-1][1]},
             "eval_metrics": job.metrics,
             "verdict": asdict(found),
@@ -278,6 +279,17 @@ def best_job(jobs: dict[str, dict[str, Any]], config: dict[str, Any]) -> str | N
 def _best(step_and_loss: list[float], metric: str, score: float | None) -> dict[str, Any]:
     step, loss = step_and_loss
     return {"step": int(step), "loss": loss} | ({} if score is None else {"metric": metric, "score": score})
+
+
+UNTRAINED_BEST = (
+    "best is step 0, before any training, since no later evaluation was better; what training ended with is last "
+    "(--last, in Python which='last')"
+)
+
+
+def note_on_best(best_step: int | None, steps: int) -> str | None:
+    """What a person who takes the best of a job should know: that it is the adapter before the first of its `steps`."""
+    return UNTRAINED_BEST if best_step == 0 and steps else None
 
 
 def _comparable(configs: Any) -> bool:

@@ -34,7 +34,7 @@ def render_summary(summary: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_table(summary, many), Text()]
     if not many:
         parts += [*_verdicts(summary), Text()]
-    parts += [_totals(summary), Text(), *_best(summary), *_next(summary)]
+    parts += [_totals(summary), Text(), *_best(summary), *_notes(summary), *_next(summary)]
     return Padding(Group(*parts), (0, 0, 1, 1), expand=False)
 
 
@@ -116,6 +116,15 @@ def _best(summary: dict[str, Any]) -> list[Text]:
     if job["best_eval"]:
         text.append(f" (held-out {formatting.best(job['best_eval'])} at step {job['best_eval']['step']})")
     return [text, _curves(summary)]
+
+
+def _notes(summary: dict[str, Any]) -> list[Text]:
+    """What a person who goes on with the best should know; summaries before 2026-12 say nothing of it."""
+    alone = len(summary["jobs"]) == 1
+    notes = {name: note for name, job in summary["jobs"].items() if (note := job.get("best_note"))}
+    return [
+        Text.assemble("Note      ", (note if alone else f"{name}: {note}", "yellow")) for name, note in notes.items()
+    ]
 
 
 def _curves(summary: dict[str, Any]) -> Text:

@@ -18,6 +18,7 @@ from lowrank.kernels.glibc_malloc import Heap
 from lowrank.media.medium_files import BadMedium
 from lowrank.ranks import agree
 from lowrank.report.events import CheckpointSaved, EvalDone, Event, JobFinished, Notice, StepDone
+from lowrank.report.summary import note_on_best
 from lowrank.segments import Segment
 from lowrank.train.engine import Engine
 from lowrank.train.job import Job, PeekableSteps, RolloutSource, StepSource
@@ -313,7 +314,7 @@ class Loop:
 
     def _finish(self, finished: list[Job]) -> None:
         for job in finished:
-            self._notify(finish_job(self.engine, self.checkpointer, job))
+            finish_job(self.engine, self.checkpointer, job, self._notify)
 
     def _save(self, jobs: Sequence[Job] | None = None) -> None:
         """Save a checkpoint of `jobs`, by default of all as they are now."""
@@ -339,13 +340,16 @@ def _rows(result: ForwardResult, answered: Scored) -> list[list[float]] | None:
     return result.rows and [list(result.rows.loss_terms), list(result.rows.counts)]
 
 
-def finish_job(engine: Engine, checkpointer: CheckpointWriter, job: Job) -> JobFinished:
-    """Save the adapter of a job that has ended. Returns the event to report."""
+def finish_job(engine: Engine, checkpointer: CheckpointWriter, job: Job, report: Callable[[Event], None]) -> None:
+    """Save the adapter of a job that has ended, and report its end."""
     checkpointer.save_adapter(job, "last")
     if job.progress.best_step is None:  # nothing was held out: the last is the best there is
         checkpointer.save_adapter(job, "best")
     kept = bytes_of_state(engine.jobs[job.slot].optimizer)
-    return JobFinished(job.name, job.progress.step, job.progress.finished or "done", kept)
+    report(JobFinished(job.name, job.progress.step, job.progress.finished or "done", kept))
+    note = note_on_best(job.progress.best_step, job.progress.step)
+    if note is not None:
+        report(Notice(note, level="warning", job=job.name))
 
 
 def _peek(steps: StepSource) -> Sequence[Segment]:

@@ -28,3 +28,8 @@ def failing_later(completions: list[Any]) -> list[float]:
     if len(SEEN) > 2:
         raise RuntimeError("the judge is out")
     return digits(completions)
+
+
+def nothing(completions: list[Any]) -> list[float]:
+    """No answer is better than another."""
+    return [0.0] * len(completions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -10,14 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
+from lowrank.board.sentences import in_chinese
 from lowrank.config import RunConfig
 from lowrank.errors import ConfigError
+from lowrank.pipelines.artifacts import find_artifacts
 from lowrank.pipelines.inference import open_inference_model
 from lowrank.pipelines.train import train
 from lowrank.records import Conversation, Message
-from lowrank.report.events import EvalDone, Event, StepDone
+from lowrank.report.events import EvalDone, Event, Notice, StepDone
+from lowrank.report.summary import UNTRAINED_BEST
+from lowrank.report.summary_view import render_summary
 from tests.train import rewards
 
 pytestmark = pytest.mark.usefixtures("allowed_code")
@@ -176,6 +182,29 @@ def test_held_out_prompts_are_answered_before_and_after(prompts: str, tmp_path: 
     step = next(line for line in lines if line["event"] == "step")
     for name in ("reward", "reward_std", "rewards/digits/mean", "completions/mean_length", "clip_ratio/region_mean"):
         assert name in step["metrics"]
+
+
+def test_the_best_that_is_the_base_is_told_everywhere(prompts: str, tmp_path: Path) -> None:
+    """Rewards that never differ: the first of equal evaluations is kept, which was before training."""
+    own = [job("one", reward_funcs="tests.train.rewards:nothing", max_completion_length=2)]
+    data = {"train": prompts, "eval": prompts, "batch_size": 2, "max_length": 64, "max_samples": 2}
+    ear = Ear()
+    summary = train(settings(prompts, tmp_path / "run", own, data=data, max_steps=1), reporters=[ear])
+    assert summary["jobs"]["one"]["best_eval"]["step"] == 0
+    assert [event for event in ear.events if isinstance(event, Notice) and event.text.startswith("best")] == [
+        Notice(UNTRAINED_BEST, level="warning", job="one")
+    ]
+    assert summary["jobs"]["one"]["best_note"] == UNTRAINED_BEST
+    notes: list[str] = []
+    find_artifacts(str(tmp_path / "run"), notify=notes.append)
+    assert notes == [f"one: {UNTRAINED_BEST}"]
+    find_artifacts(str(tmp_path / "run"), which="last", notify=notes.append)
+    assert len(notes) == 1
+    console = Console(width=200, file=io.StringIO())
+    console.print(render_summary(summary))
+    assert f"Note      {UNTRAINED_BEST}" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert UNTRAINED_BEST in (tmp_path / "run" / "report.html").read_text().replace("&#39;", "'")
+    assert in_chinese(UNTRAINED_BEST) is not None
 
 
 def test_an_adapter_that_gives_nan_ends_alone(prompts: str, tmp_path: Path) -> None:
