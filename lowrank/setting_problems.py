@@ -10,6 +10,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from lowrank.errors import ConfigError, did_you_mean, raise_all
+from lowrank.peer_names import called_in_group
 from lowrank.terminal import visible
 
 Path = tuple[Any, ...]
@@ -51,7 +52,9 @@ def _line(path: Path, entries: Sequence[Any], settings: Mapping[str, Any], kind:
     place, first = dotted(path) or "the settings", entries[0]
     if first["type"] == "extra_forbidden":
         *parents, key = path
-        return f"{place}: unknown key{did_you_mean(str(key), known_keys(tuple(parents), settings, kind))}"
+        known = known_keys(tuple(parents), settings, kind)
+        owner = "" if parents else getattr(kind, "__name__", "")
+        return f"{place}: unknown key{called_in_group(str(key), known, owner) or did_you_mean(str(key), known)}"
     if first["type"] == "value_error" and not path:
         return str(first["ctx"]["error"])
     return f"{place}: {complaint(entries)}"

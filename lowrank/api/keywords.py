@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from lowrank.errors import ConfigError, did_you_mean, raise_all
+from lowrank.peer_names import called_in_group
 from lowrank.renamed import RENAMED_OPTIONS
 
 Given = ParamSpec("Given")
@@ -26,7 +27,7 @@ def known_keywords(function: Callable[Given, Returned]) -> Callable[Given, Retur
         problems = [
             f"{name}: it is called {renamed[name]!r} now"
             if name in renamed
-            else f"{name}: unknown keyword{did_you_mean(name, names)}"
+            else f"{name}: unknown keyword{called_in_group(name, names, called) or did_you_mean(name, names)}"
             for name in keywords
             if name not in names
         ]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import create_model
 
+from lowrank.api.peft_config import from_lora_config
 from lowrank.config.jobs import SHORT_FORMS, TYPED
 from lowrank.config.own_types import PAGES
 from lowrank.data.config import DataConfig, SourceConfig
@@ -180,14 +181,23 @@ def _type_of(group: str, value: Any, objects: dict[str, Any]) -> Any:
         objects[name] = SimpleNamespace(Config=config) if value is config else value
         return name
     if group != "objective" or not any(hasattr(value, member) for member in PROTOCOL):
+        if group == "adapter" and (same := from_lora_config(value)) is not None:
+            raise ConfigError(f"{group}: {_kind_of(value)} cannot be used; {same}")
         itself = " or an object with `record`, `count` and `loss`," if group == "objective" else ""
         raise ConfigError(
-            f"{group}: {value!r} cannot be used; give{itself} a class with the attribute `Config`, its settings (the "
-            f"class or an object of it), or a name: {PAGES[group]}"
+            f"{group}: {_kind_of(value)} cannot be used; give{itself} a class with the attribute `Config`, its "
+            f"settings (the class or an object of it), or a name: {PAGES[group]}"
         )
     name = name_of(value, objects)
     objects[name] = with_settings(name, value)
     return name
+
+
+def _kind_of(value: Any) -> str:
+    """What an object is, instead of all that is in it: `peft's LoraConfig`."""
+    kind = value if isinstance(value, type) else type(value)
+    package = kind.__module__.partition(".")[0]
+    return repr(value)[:100] if package == "builtins" else f"{package}'s {kind.__qualname__}"
 
 
 def settings_class(thing: Any) -> type[Settings] | None:

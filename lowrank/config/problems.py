@@ -11,6 +11,7 @@ from lowrank.config.jobs import TYPED
 from lowrank.config.refused_parallelism import why_refused
 from lowrank.config.sweeps import swept_path
 from lowrank.errors import did_you_mean
+from lowrank.peer_names import called_here, root_of
 from lowrank.renamed import new_name
 from lowrank.setting_problems import Path, complaint, dotted, existing, groups_in, known_keys
 
@@ -54,7 +55,9 @@ def _line(path: Path, entries: Sequence[Any], settings: Mapping[str, Any], kind:
             return f"{place}: {reason}"
     if first["type"] == "extra_forbidden":
         if path[:1] == ("sweep",) and len(path) == 3:
-            return f"{place}: jobs have no such setting{did_you_mean(path[2], _dotted_names(kind), SETTINGS_PAGE)}"
+            key = str(path[2])
+            here = called_here(key.rpartition(".")[2]) if _is_of_jobs(key, kind) else None
+            return f"{place}: jobs have no such setting{here or did_you_mean(key, _dotted_names(kind), SETTINGS_PAGE)}"
         return f"{place}: unknown key{_suggestion(path, settings, kind)}"
     return f"{place}: {complaint(entries)}{_help(path, kind) if first['type'] == 'missing' else ''}"
 
@@ -88,13 +91,34 @@ def _suggestion(path: Path, settings: Mapping[str, Any], kind: type[BaseModel]) 
     now = new_name(path)
     if now is not None:
         return f"; it is called {now!r} now"
+    here = _called_here(path, kind)
+    if here is not None:
+        return here
     known = known_keys(tuple(parents), settings, kind, _DEFAULT_TYPES)
     if parents[:1] == ["jobs"] and len(parents) == 2 and key in kind.model_fields:
         return "; it belongs to the whole run: put it at the top level"
+    if parents and key in kind.model_fields:
+        return "; it belongs at the top level"
     elsewhere = [dotted(place) for place in _places_of(str(key), kind) if place != path]
     if len(elsewhere) == 1 or (elsewhere and not parents):
         return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
     return did_you_mean(str(key), known, SETTINGS_PAGE)
+
+
+def _called_here(path: Path, kind: type[BaseModel]) -> str | None:
+    """What a name of peers is called; None where the settings of `kind` have no place for it."""
+    key = str(path[-1])
+    if root_of(key) is None:
+        return None
+    if _is_of_jobs(key, kind):
+        return called_here(key)
+    if _is_run(kind):
+        return called_here(key, ", at the top level" if path[:1] == ("jobs",) else "")
+    return called_here(key, ", of the whole run")
+
+
+def _is_of_jobs(key: str, kind: type[BaseModel]) -> bool:
+    return root_of(key) in _of_a_job(kind).model_fields
 
 
 def _dotted_names(kind: type[BaseModel]) -> list[str]:

@@ -20,6 +20,7 @@ from lowrank.board.sentences import _NUMBERS, in_chinese, known
 from lowrank.board.texts import Texts, TranslatedText
 from lowrank.config import validate_settings
 from lowrank.errors import ConfigError
+from lowrank.peer_names import PEER_NAMES
 from tests.board.english import raised, returned
 
 BOARD = Path(lowrank.board.__file__).parent
@@ -87,6 +88,7 @@ WRONG: list[dict[str, Any]] = [
     {"model": {"path": "lowrank/tiny", "storage": {"type": "nf5"}}}, {"objective": {"type": "grpo"}},
     {"objective": {"type": "dpo", "beta": -1}}, {"sweep": {"grid": {"adapter.rank": [4, 8]}}},
     {"sweep": {"random": {"adapter.rank": {"uniform": [1, 2]}}}}, {"sweep": {"grid": {"adapter.rnk": [4, 8]}}},
+    {"lora_r": 8}, {"jobs": [{"name": "a", "fp16": True}]}, {"data": {"seed": 1}}, {"sweep": {"grid": {"lr": [1]}}},
 ]  # fmt: skip
 
 
@@ -96,6 +98,15 @@ def test_usual_mistakes_are_explained_in_chinese(wrong: dict[str, Any]) -> None:
         validate_settings({**BASE, **wrong})
     for problem in form.problems(str(refused.value)):
         assert in_chinese(problem.text) is not None, problem.text
+
+
+def test_names_of_peers_are_explained_in_chinese() -> None:
+    with pytest.raises(ConfigError) as refused:
+        validate_settings({**BASE, **dict.fromkeys(PEER_NAMES, 1)})
+    for problem in form.problems(str(refused.value)):
+        chinese = in_chinese(problem.text)
+        assert chinese is not None, problem.text
+        assert re.search(r"[a-z] [a-z]+ [a-z]", chinese) is None, chinese
 
 
 ROWS: list[dict[str, Any]] = [
