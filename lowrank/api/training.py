@@ -227,7 +227,9 @@ class TrainedRun:
         allow_code: bool = False,
         **changes: Any,
     ) -> TrainedRun:
-        """Go on from the last checkpoint, bit by bit as if it had never stopped.
+        """Go on from the last checkpoint, bit by bit as if it had never stopped. With another length (`max_steps`,
+        `num_train_epochs`) that holds for a constant schedule; any other, whose length is the number of steps, moves,
+        and a notice says from which learning rate to which.
 
             lowrank.TrainedRun("runs/own").resume(objects=[Focal(), short, rows], reporters=[report], max_steps=40)
 

@@ -22,6 +22,7 @@ from lowrank.search.candidates import Candidate
 from lowrank.train.checkpointer import Checkpointer
 from lowrank.train.job import Job, JobProgress
 from lowrank.train.loop import finish_job
+from lowrank.train.schedule import length_notice
 
 
 class Search(Protocol):
@@ -187,6 +188,12 @@ class JobQueue:
         """Give a job other settings, in effect from its next step on. Only those that may change while it trains differ
         (pipelines/live_commands.py)."""
         entry, job = self.entries[name], self.job(name)
+        if entry.config.schedule == config.schedule:
+            before, now = num_steps_of(entry.config, entry.data), num_steps_of(config, entry.data)
+            step = self.progress_of(name).step
+            notice = length_notice(config.schedule, config.optimizer.learning_rate, step, before, now)
+            if notice is not None:
+                self._report(Notice(notice, level="warning", job=name))
         entry.config, entry.changed = config, True
         if job is not None:
             self._adjust(job, entry)

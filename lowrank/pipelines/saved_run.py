@@ -46,6 +46,12 @@ class SavedRun:
         """What `JobQueue.state` returned."""
         return self.state.get(LIVE)
 
+    def job_settings(self, name: str) -> Mapping[str, Any]:
+        """The settings that a job had when the checkpoint was written, as plain JSON; empty for an unknown job."""
+        live = (self.live or {}).get("jobs", {}).get(name, {}).get("settings")
+        began = {job["name"]: job for job in (self.settings or {}).get("jobs", ())}
+        return live or began.get(name) or {}
+
     @property
     def capacity(self) -> int | None:
         """How many jobs took steps at the same time."""

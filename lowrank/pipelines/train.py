@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from lowrank.pipelines.active_run import ActiveRun, build_queue
 from lowrank.pipelines.artifacts import with_adapters_found
 from lowrank.pipelines.job_data import prepare_all, report_data_findings
 from lowrank.pipelines.job_queue import JobQueue
-from lowrank.pipelines.job_setup import check_reward_functions, check_steps, check_tokens
+from lowrank.pipelines.job_setup import check_reward_functions, check_steps, check_tokens, num_steps_of
 from lowrank.pipelines.media import prepare_media
 from lowrank.pipelines.memory_plan import MemoryBudget, refuse_too_many, tokens_of
 from lowrank.pipelines.rank_agreement import (
@@ -50,6 +50,7 @@ from lowrank.train.listeners import Listeners
 from lowrank.train.loop import Loop
 from lowrank.train.out_of_memory import explain_out_of_memory
 from lowrank.train.router_loss import expert_numbers
+from lowrank.train.schedule import length_notice
 
 
 def train(
@@ -162,9 +163,25 @@ def _restore_jobs(queue: JobQueue, saved: SavedRun, report: Listeners) -> int:
     iteration = 0
     if saved.checkpoint is not None:
         iteration = checkpointer.restore(saved.checkpoint, queue.jobs, queue.parked_names())
+        for notice in _length_notices(queue, saved):
+            report(notice)
     for problem in checkpointer.incompatibilities(queue.jobs):
         report(Notice(problem, level="warning"))
     return iteration
+
+
+def _length_notices(queue: JobQueue, saved: SavedRun) -> Iterator[Notice]:
+    """Yield what a job that goes on should know whose number of steps has changed."""
+    for name, entry in queue.entries.items():
+        config, progress = entry.config, queue.progress_of(name)
+        lengths = {key: saved.job_settings(name).get(key) for key in ("max_steps", "num_train_epochs")}
+        if progress.finished or lengths["num_train_epochs"] is None:
+            continue
+        before = num_steps_of(config.model_copy(update=lengths), entry.data)
+        now = num_steps_of(config, entry.data)
+        text = length_notice(config.schedule, config.optimizer.learning_rate, progress.step, before, now)
+        if text is not None:
+            yield Notice(text, level="warning", job=name)
 
 
 def _describe_feature_cache(base: Base, report: Listeners) -> None:

@@ -100,3 +100,17 @@ class ScheduleConfig(Settings):
         shapes = {"linear": 1.0 - progress, "1-sqrt": 1.0 - math.sqrt(progress)}
         shape = shapes.get(self.decay_type, 0.5 * (1.0 + math.cos(math.pi * progress)))
         return self.min_ratio + (1.0 - self.min_ratio) * shape
+
+
+def length_notice(schedule: ScheduleConfig, peak: float, step: int, before: int, now: int) -> str | None:
+    """Return what a person should know where a job that has taken `step` of `before` steps now has `now` in all: that
+    its learning rate jumps, and from which value to which. None where the steps so far had the rates that they would
+    have had in a run of `now` steps. `peak`: the learning rate that the schedule's factors multiply."""
+    if before == now or all(schedule.factor(each, before) == schedule.factor(each, now) for each in range(step)):
+        return None
+    last, following = peak * schedule.factor(step - 1, before), peak * schedule.factor(step, now)
+    return (
+        f"schedule: {schedule.type} now spans {now} steps instead of {before}, so the learning rate goes from "
+        f"{last:.1e} (step {step}) to {following:.1e} (step {step + 1}), as it does not in a run of that length from "
+        "the beginning; a constant schedule has no such jump"
+    )

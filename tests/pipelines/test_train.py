@@ -194,6 +194,25 @@ def test_resumed_job_leaves_the_other_alone_and_longer_runs_go_on(world: Path, t
     assert not again.losses("a")
 
 
+def test_another_length_moves_a_schedule_with_a_notice(world: Path, tmp_path: Path) -> None:
+    """A cosine over 2 steps, whose rate was 0.5 of its peak, and is 0.25 as the third of 3; beside a constant one."""
+    jobs = [{"name": "a"}, {"name": "b", "schedule": "constant"}]
+    given = settings(world, tmp_path / "run", jobs=jobs, schedule="cosine", max_steps=2, eval_steps=None)
+    run(given)
+    _, rest = run({**given, "max_steps": 3, "resume": True})
+    assert [event for event in rest.events if isinstance(event, Notice) and "spans" in event.text] == [
+        Notice(
+            "schedule: cosine now spans 3 steps instead of 2, so the learning rate goes from 5.0e-03 (step 2) to "
+            "2.5e-03 (step 3), as it does not in a run of that length from the beginning; a constant schedule has no "
+            "such jump",
+            level="warning",
+            job="a",
+        )
+    ]
+    steps = [event for event in rest.events if isinstance(event, StepDone) and event.job == "a"]
+    assert [event.learning_rate for event in steps] == [pytest.approx(2.5e-3)]
+
+
 def test_a_job_past_its_new_end_is_not_trained_further(world: Path, tmp_path: Path) -> None:
     """Once: one step more, on a learning rate from beyond the schedule's end, and "6/3 done"."""
     given = settings(world, tmp_path / "run")

@@ -11,7 +11,7 @@ from transformers import TrainingArguments, get_scheduler
 from lowrank.errors import ConfigError
 from lowrank.train.optimizers.adamw import AdamWConfig
 from lowrank.train.optimizers.sgd import SGDConfig
-from lowrank.train.schedule import ScheduleConfig
+from lowrank.train.schedule import ScheduleConfig, length_notice
 
 THEIRS = {
     "linear": "linear",
@@ -44,6 +44,25 @@ def test_schedules_are_transformers(name: str, num_steps: int, warmup: int) -> N
     config = ScheduleConfig(type=name, warmup_steps=warmup)
     ours = [config.factor(step, num_steps) for step in range(num_steps)]
     assert ours == pytest.approx(theirs(THEIRS[name], warmup, num_steps, num_steps), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "rates"),
+    [
+        ({"type": "linear"}, 3, "from 1.0e-04 (step 3) to 1.3e-04 (step 4)"),
+        ({"type": "linear"}, 0, None),
+        ({"type": "constant"}, 3, None),
+        ({"type": "constant", "warmup_ratio": 0.5}, 2, "from 1.0e-04 (step 2) to 1.0e-04 (step 3)"),
+        ({"type": "inverse_sqrt", "warmup_steps": 2}, 3, None),
+        ({"type": "warmup_stable_decay", "num_stable_steps": 3}, 3, None),
+    ],
+)
+def test_another_length_is_told_where_steps_had_other_rates(settings: Any, step: int, rates: str | None) -> None:
+    """Of 4 steps, of which `step` are taken, and then 8."""
+    text = length_notice(ScheduleConfig(**settings), 2e-4, step, 4, 8)
+    assert (rates is None) == (text is None)
+    assert rates is None or rates in str(text)
+    assert length_notice(ScheduleConfig(**settings), 2e-4, step, 4, 4) is None
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts"])
