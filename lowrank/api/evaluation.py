@@ -66,7 +66,7 @@ def evaluate(
     with code_allowed(allow_code), objects_given(objects):
         questions = read_questions(source, seed=seed, notify=notify)
         loaded = (model if isinstance(model, Model) else load(model, notify=notify)).inference
-    chosen = list(adapters) or loaded.names
+    chosen = ([adapters] if isinstance(adapters, str) else list(adapters)) or loaded.names
     models = loaded.answering(chosen, [each.prompt for each in questions], notify)
     with tempfile.TemporaryDirectory(prefix="lowrank-") as folder:
         sampling = GenerationConfig(max_new_tokens=max_new_tokens, seed=seed)

@@ -12,7 +12,7 @@ from lowrank.compat.llamafactory.commands import answering_file
 from lowrank.data.formats.columns import RowProblem
 from lowrank.data.formats.media import open_parts
 from lowrank.data.formats.turns import conversation, prompt, read_tools, read_turns
-from lowrank.errors import DataError, ModelError, raise_all
+from lowrank.errors import ConfigError, DataError, ModelError, raise_all
 from lowrank.generate.request import Answer, GenerationConfig
 from lowrank.notices import log_notice
 from lowrank.pipelines.inference import BASE_NAME, InferenceModel
@@ -54,12 +54,14 @@ class Model:
     def generate(self, question: str, adapter: str | None = ..., **sampling: Any) -> str: ...
 
     @overload
-    def generate(self, question: Sequence[Any], adapter: str | None = ..., **sampling: Any) -> Any: ...
+    def generate(
+        self, question: Sequence[Any], adapter: str | Sequence[str | None] | None = ..., **sampling: Any
+    ) -> Any: ...
 
     def generate(
         self,
         question: Question | Sequence[Question],
-        adapter: str | None = None,
+        adapter: str | Sequence[str | None] | None = None,
         *,
         on_text: Callable[[str], None] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
@@ -70,26 +72,33 @@ class Model:
         question   a text; a conversation so far, as OpenAI's messages (a list of dicts); or a list of either. A content
                    may have parts: `{"type": "text", "text": ...}`, and for a model that sees `{"type": "image",
                    "image": ...}` (a path, bytes, base64, one of Pillow's) or OpenAI's `image_url` with base64
-        adapter    who answers: one of `adapters`, or `base`. Left out: the only adapter, or, without any, the base
+        adapter    who answers: one of `adapters`, or `base`. Left out: the only adapter, or, without any, the base.
+                   With a list of questions also a list, one for each; what all answer to one question is `compare`
         on_text    called with each piece of text as it comes (with a single question only)
         tools      functions that may be called, as OpenAI's schemas
         sampling   what `GenerationConfig` has: `max_new_tokens`, `temperature`, `top_p`, `seed`, `json_schema` ...
 
         Raises ModelError for an unknown adapter, a question too long, or an answer that cannot be had; DataError for
-        messages that are no conversation; ConfigError for unknown options.
+        messages that are no conversation; ConfigError for unknown options, and for other than one adapter for each
+        question.
         """
         several = not _is_one(question)
         questions = cast(Sequence[Any], question) if several else [question]
+        if not (several or adapter is None or isinstance(adapter, str)):
+            raise ConfigError(f"adapter: one name for one question, got {_short(adapter)}; {_EACH}")
         answers = self.answers(questions, adapter, on_text=on_text, tools=tools, **sampling)
-        problems = [f"question {number}: {each.error}" for number, each in enumerate(answers, 1) if each.error]
-        raise_all(ModelError, f"{self._chosen(adapter)} gives no answer", problems)
+        names = self._each_chosen(adapter, len(answers))
+        failed = {number: each.error for number, each in enumerate(answers, 1) if each.error}
+        who = ", ".join(dict.fromkeys(names[number - 1] for number in failed))
+        problems = [f"question {number}: {error}" for number, error in failed.items()]
+        raise_all(ModelError, f"{who} gives no answer", problems)
         texts = [each.text for each in answers]
         return texts if several else texts[0]
 
     def answers(
         self,
         questions: Sequence[Question],
-        adapter: str | None = None,
+        adapter: str | Sequence[str | None] | None = None,
         *,
         on_text: Callable[[str], None] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
@@ -97,10 +106,11 @@ class Model:
     ) -> list[Answer]:
         """As `generate`, always of a list, with tokens, why each ended, log-probabilities (`logprobs=0`), and the
         error of one that could not be had."""
-        name, config = self._chosen(adapter), _sampling({**self._sampling, **sampling})
-        if notice := backend_reward_model_notice(self._backend, [name]):
+        names, config = self._each_chosen(adapter, len(questions)), _sampling({**self._sampling, **sampling})
+        if notice := backend_reward_model_notice(self._backend, list(dict.fromkeys(names))):
             log_notice(notice)
-        requests = [(name, self._read(each, tools, number)) for number, each in enumerate(questions, start=1)]
+        read = [self._read(each, tools, number) for number, each in enumerate(questions, start=1)]
+        requests = list(zip(names, read))
         return self._backend.answers(requests, config, on_text=on_text) if requests else []
 
     def rewards(
@@ -118,7 +128,7 @@ class Model:
         tools           functions that could be called, as OpenAI's schemas
 
         Raises ModelError for what is no reward model; DataError for a conversation without an answer at its end, or
-        longer than the model read in training (`data.max_length`).
+        longer than the model read in training (`data.max_length`); ConfigError for several adapters.
         """
         inference = self.inference
         reward_models = list(inference.value_heads)
@@ -128,6 +138,9 @@ class Model:
                 which = f"say which: adapter= one of {', '.join(reward_models)}"
             raise ModelError(f"there are {len(reward_models)} reward models here; {which}")
         several = not _is_one(conversations)
+        given: Any = adapter
+        if not isinstance(given, (str, type(None))):
+            raise ConfigError(f"adapter: the name of one reward model, got {_short(given)}; ask each in its own call")
         read = [
             _read_turns(each, tools, number, conversation)
             for number, each in enumerate(cast(Sequence[Any], conversations) if several else [conversations], start=1)
@@ -148,6 +161,29 @@ class Model:
         if self._system is None or (read.messages[:1] and read.messages[0].role == "system"):
             return read
         return replace(read, messages=(Message("system", self._system), *read.messages))
+
+    def _each_chosen(self, adapter: str | Sequence[str | None] | None, questions: int) -> list[str]:
+        """Who answers each of so many questions. ModelError lists every name that is not there, ConfigError is for
+        another number of names."""
+        if adapter is None or isinstance(adapter, str):
+            return [self._chosen(adapter)] * questions
+        given: Any = adapter
+        are_names = isinstance(given, (list, tuple)) and all(isinstance(each, (str, type(None))) for each in given)
+        if not are_names or len(adapter) != questions:
+            counted = f"{len(adapter)} names" if are_names else _short(adapter)
+            raise ConfigError(
+                f"adapter: one name for all, or a list of one for each of the {questions} questions, got {counted}; "
+                f"{_EACH}"
+            )
+        names: list[str] = []
+        problems: list[str] = []
+        for number, each in enumerate(adapter, start=1):
+            try:
+                names.append(self._chosen(each))
+            except ModelError as error:
+                problems.append(f"question {number}: {error}")
+        raise_all(ModelError, "adapter: these cannot answer:", problems)
+        return names
 
     def _chosen(self, adapter: str | None) -> str:
         if adapter is None and len(self.adapters) > 1:
@@ -214,7 +250,7 @@ def load(
 def generate(
     model: Model | str | Path,
     question: Question | Sequence[Question],
-    adapter: str | None = None,
+    adapter: str | Sequence[str | None] | None = None,
     *,
     allow_code: bool = False,
     **sampling: Any,
@@ -224,6 +260,14 @@ def generate(
         return model.generate(cast(Any, question), adapter, **sampling)
     with load(model, allow_code=allow_code) as loaded:
         return loaded.generate(cast(Any, question), adapter, **sampling)
+
+
+_EACH = "what all of them answer to one question is model.compare(question)"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _is_one(question: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lowrank.errors import OutputError, raise_all
@@ -18,16 +18,25 @@ MAY_CHANGE = (
 does. (The lengths do move the schedules of learning rates: a person who asks for more steps knows.)"""
 
 _MISSING = object()
+_SHOWN_JOBS = 20
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`optimizer.learning_rate: 0.0002 in the checkpoint, now 0.0001`: settings that must not change, but have.
 
-    Both are resolved configurations (`RunConfig.model_dump(mode="json")`); jobs are compared by name.
+    Both are resolved configurations (`RunConfig.model_dump(mode="json")`); jobs are compared by name, and where the
+    names differ, that is the first line.
     """
-    before, after = _flat(old), _flat(new)
-    alone = len(old.get("jobs") or ()) == len(new.get("jobs") or ()) == 1
+    saved, requested = _jobs(old), _jobs(new)
+    both = saved.keys() & requested.keys()
+    before, after = _flat(old, both), _flat(new, both)
+    alone = len(saved) == len(requested) == 1
     changes = []
+    if saved.keys() != requested.keys():
+        changes.append(
+            f"jobs: the checkpoint has {_counted(saved)}; these settings have {_counted(requested)}. A job is known by "
+            "its name"
+        )
     for path in sorted({*before, *after}):
         was, now = before.get(path, _MISSING), after.get(path, _MISSING)
         if was == now or _setting(path).startswith(tuple(f"{name}." for name in MAY_CHANGE)):
@@ -48,13 +57,26 @@ def refuse_changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> N
     raise_all(OutputError, heading, changes)
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """{dotted path: value}. Jobs are complete, so what the top level says for them is left out."""
-    jobs = {job["name"]: job for job in settings.get("jobs") or ()}
+def _jobs(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {job["name"]: job for job in settings.get("jobs") or ()}
+
+
+def _counted(jobs: Mapping[str, Any]) -> str:
+    """`job r8`, `jobs r8, r64`; of very many the first."""
+    shown = ", ".join(list(jobs)[:_SHOWN_JOBS])
+    more = len(jobs) - _SHOWN_JOBS
+    return f"job{'' if len(jobs) == 1 else 's'} {shown or '(none)'}{f' and {more} more' if more > 0 else ''}"
+
+
+def _flat(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """{dotted path: value}, of the jobs `names` alone. Jobs are complete, so what the top level says for them is left
+    out."""
+    jobs = _jobs(settings)
     in_jobs = {key for job in jobs.values() for key in job}
     flat = flattened({key: value for key, value in settings.items() if key not in in_jobs and key != "jobs"})
     for name, job in jobs.items():
-        flat |= flattened(job, f"jobs[{name}]")
+        if name in names:
+            flat |= flattened(job, f"jobs[{name}]")
     return flat
 
 

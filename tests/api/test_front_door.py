@@ -99,6 +99,22 @@ def test_a_model_answers_alone_and_side_by_side(run: lowrank.TrainedRun) -> None
     assert model.generate("Say 3.", "r8", max_new_tokens=6, on_text=received.append) == one == "".join(received)
     assert model.compare("Say 3.", max_new_tokens=6)["r8"] == one
     assert lowrank.generate(model, "Say 3.", "r8", max_new_tokens=6) == one
+    questions, both = ["Say 3.", messages], ["r4", "r8"]
+    alone = [model.generate("Say 3.", name, max_new_tokens=6) for name in both]
+    assert model.generate(questions, both, max_new_tokens=6) == alone, "one adapter for each question"
+    assert lowrank.generate(model, questions, tuple(both), max_new_tokens=6) == alone
+    with pytest.raises(lowrank.ConfigError, match=r"one for each of the 2 questions, got 3 names; .*model\.compare"):
+        model.generate(questions, ["r4", "r8", "r4"])
+    with pytest.raises(lowrank.ConfigError, match=r"one name for one question, got \['r4', 'r8'\]; .*model\.compare"):
+        model.generate("Say 3.", both)
+    with pytest.raises(lowrank.ConfigError, match="got 3; "):
+        model.generate(questions, cast(Any, 3))
+    with pytest.raises(lowrank.ModelError) as caught:
+        model.generate(questions, ["r5", "nobody"])
+    assert [line.partition(";")[0] for line in caught.value.problems] == [
+        "question 1: there is no adapter 'r5' here",
+        "question 2: there is no adapter 'nobody' here",
+    ]
     with pytest.raises(lowrank.ModelError, match="2 adapters; say which"):
         model.generate("Say 3.")
     with pytest.raises(lowrank.ModelError, match="no adapter 'r9'"):
@@ -117,7 +133,7 @@ def test_evaluate_gives_a_frame(run: lowrank.TrainedRun) -> None:
     assert frame.loc[("r8", "perplexity"), "value"] < frame.loc[("base", "perplexity"), "value"]
     assert frame.loc[("r8", "perplexity"), "gain"] < 0
     assert math.isnan(frame.loc[("base", "perplexity"), "gain"])
-    alone = lowrank.evaluate(run.path, ROWS[:2], adapters=["r8"], metrics=())
+    alone = lowrank.evaluate(run.path, ROWS[:2], adapters="r8", metrics=())
     assert alone.index.names == ["adapter", "metric"]
     gains = alone[["gain", "gain_low", "gain_high"]]
     assert list(gains.dtypes) == [float] * 3, "where nothing has a gain too"
@@ -176,7 +192,7 @@ def test_settings_given_to_calls_are_refused_as_those_of_files(run: lowrank.Trai
     model = lowrank.Model(cast(Any, SimpleNamespace(names=["base"], slot=lambda name: -1)))
     assert refused(lambda: model.generate("Say 3.", max_tokens=4, top_p=3)) == [
         "top_p: expected a number at most 1, got 3",
-        "max_tokens: unknown key; did you mean 'max_new_tokens'?",
+        "max_tokens: unknown key; it is called 'max_new_tokens' here",
     ]
     (unknown,) = refused(lambda: run.export("mergd"))
     assert unknown == "there is no type 'mergd'; did you mean 'merged'?"

@@ -58,6 +58,16 @@ def test_jobs_are_compared_by_name() -> None:
     assert changed_settings(old, other) == ["jobs[b].adapter.rank: 8 in the checkpoint, now 4"]
 
 
-def test_a_new_job_is_a_change() -> None:
-    old, new = settings(jobs=[{"name": "a"}]), settings(jobs=[{"name": "a"}, {"name": "b"}])
-    assert any(change.startswith("jobs[b].adapter.rank: not set") for change in changed_settings(old, new))
+def test_other_jobs_are_one_line_and_the_first() -> None:
+    old = settings(jobs=[{"name": "focal"}, {"name": "grpo"}])
+    assert changed_settings(old, settings(seed=1)) == [
+        "jobs: the checkpoint has jobs focal, grpo; these settings have job default. A job is known by its name"
+    ]
+    more = settings(jobs=[{"name": "grpo", "adapter": {"rank": 4}}, {"name": "new"}], model={"path": "another"})
+    assert changed_settings(old, more) == [
+        "jobs: the checkpoint has jobs focal, grpo; these settings have jobs grpo, new. A job is known by its name",
+        "jobs[grpo].adapter.rank: 16 in the checkpoint, now 4",
+        'model.path: "base" in the checkpoint, now "another"',
+    ]
+    many = settings(jobs=[{"name": f"r{number}"} for number in range(30)])
+    assert "r19 and 10 more; these" in changed_settings(many, old)[0]
