@@ -8,15 +8,20 @@ from pathlib import Path
 
 import pytest
 
+import lowrank
 import lowrank.pipelines.train
+from lowrank.checkpoints.adapter_folder import adapters_in
 from lowrank.config import validate_settings
 from lowrank.data import templates
 from lowrank.data.chat.template import without_marks
 from lowrank.data.config import DataConfig
+from lowrank.errors import ConfigError, ModelError
 from lowrank.pipelines.artifacts import data_of_adapter, find_artifacts
 from lowrank.pipelines.export_source import open_source
 from lowrank.pipelines.inference import folder_reader, open_inference_model
 from lowrank.records import Conversation, Message
+from lowrank.serve.chat_backends import adapters_among
+from lowrank.serve.engines import ServingOptions
 from lowrank.serve.engines.torch import BankEngine
 
 QUESTION = Conversation((Message("user", "Hello"),))
@@ -42,10 +47,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_adapter_within_a_run_reads_as_the_run(run: Path) -> None:
     whole = open_inference_model(str(run))
     alone = open_inference_model(str(run / "default" / "best"))
-    assert alone.render_prompt("best", QUESTION) == whole.render_prompt("default", QUESTION)
-    assert "USER: Hello" in alone.render_prompt("best", QUESTION).prompt
+    assert alone.names == ["base", "default"]
+    assert alone.render_prompt("default", QUESTION) == whole.render_prompt("default", QUESTION)
+    assert "USER: Hello" in alone.render_prompt("default", QUESTION).prompt
     chosen = open_inference_model(str(run / "default" / "best"), chat_template="chatml")
-    assert "<|im_start|>user" in chosen.render_prompt("best", QUESTION).prompt
+    assert "<|im_start|>user" in chosen.render_prompt("default", QUESTION).prompt
 
 
 def test_an_adapter_that_was_taken_elsewhere_reads_by_the_template_beside_it(run: Path, tmp_path: Path) -> None:
@@ -93,3 +99,73 @@ def test_adapters_that_come_later_bring_their_templates(run: Path) -> None:
     assert "USER: " not in engine.chat_template("base")
     same = folder_reader(base.base.tokenizer, base.renderer, base.renderers, "chatml")
     assert same(run / "default" / "best") is base.renderer
+
+
+@pytest.fixture
+def not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank.models.loading.pretrained.load", lambda *_, **__: pytest.fail("a model is loaded"))
+
+
+def test_a_base_is_loaded_with_several_adapters(run: Path, tmp_path: Path) -> None:
+    poet = shutil.copytree(run / "default" / "best", tmp_path / "poet")
+    model = lowrank.load("lowrank/tiny", adapters=[run / "default" / "best", str(poet)])
+    assert model.adapters == ["default", "poet"]
+    digests = model.inference.versions(["base", "default", "poet"])
+    (digest,) = lowrank.load(run).inference.versions(["default"]).values()
+    assert digests == {"base": "base", "default": digest, "poet": digest}
+    assert model.inference.render_prompt("poet", QUESTION).prompt.startswith("A chat")
+    assert not model.inference.render_prompt("base", QUESTION).prompt.startswith("A chat")
+    beside = lowrank.load(run, adapters={"mine": poet, "default": run / "default"})
+    assert beside.adapters == ["default", "mine"], "the run's own is there once"
+
+
+@pytest.mark.usefixtures("not_loaded")
+def test_what_is_no_adapter_is_refused_before_a_model_is_loaded(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    wrong = [tmp_path / "nowhere", tmp_path / "empty", tmp_path / "lora.gguf"]
+    with pytest.raises(ConfigError) as caught:
+        lowrank.load("lowrank/tiny", adapters=wrong)
+    expected = ("no such folder", "no adapter_config.json in it", "beside a base that is a .gguf file")
+    assert len(caught.value.problems) == 3
+    for problem, path, reason in zip(caught.value.problems, wrong, expected):
+        assert str(path) in problem
+        assert reason in problem
+    shutil.copytree(run / "default" / "best", tmp_path / "default")
+    for path, adapters in ((run, [tmp_path / "default"]), ("lowrank/tiny", {"base": run / "default"})):
+        with pytest.raises(ConfigError, match=r"is another's name already; in Python, adapters=\{'NAME'"):
+            lowrank.load(path, adapters=adapters)
+    with pytest.raises(ConfigError, match=r"default: not in llama\.cpp's layout.*lowrank export .* --to lora_gguf"):
+        lowrank.load(tmp_path / "tiny.gguf", adapters=[run / "default"])
+
+
+@pytest.mark.usefixtures("not_loaded")
+def test_a_name_nobody_has_is_refused_before_a_model_is_loaded(run: Path) -> None:
+    with pytest.raises(ModelError, match="there is no adapter 'defautl' here; did you mean 'default'"):
+        open_inference_model(str(run), answering=["defautl"])
+
+
+@pytest.mark.usefixtures("not_loaded")
+def test_which_is_best_or_last(run: Path, tmp_path: Path) -> None:
+    for call in (
+        lambda: lowrank.load(run, which="final"),  # type: ignore[arg-type]
+        lambda: lowrank.load(tmp_path / "x.gguf", which="final"),  # type: ignore[arg-type]
+        lambda: lowrank.export(run, "peft", tmp_path / "out", which="final"),  # type: ignore[arg-type]
+        lambda: open_source(str(run / "default" / "best"), which="final"),
+        lambda: ServingOptions(which="final"),
+        lambda: find_artifacts(str(run), which="final"),
+        lambda: open_inference_model(str(run), which="final"),
+    ):
+        with pytest.raises(ConfigError, match=r"which: 'final'; expected 'best' .* or 'last'"):
+            call()
+
+
+def test_adapters_of_two_runs_are_told_apart(run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    places = [str(each / "default" / "best") for each in (run, other)]
+    assert open_source(places[0], adapters=[places[1]]).source.name == "default+default-2"
+    assert adapters_among([*places, "base", "tiny.gguf"]) == (
+        {"default": places[0], "default-2": places[1], "tiny": "tiny.gguf"},
+        ["default", "default-2", "base", "tiny"],
+    )
+    assert adapters_in(other / "default" / "best") == {"default": other / "default" / "best"}
+    assert adapters_in(other) == {"default": other / "default" / "best"}

@@ -110,7 +110,7 @@ def test_a_moved_base(command: str, path: str, file: str, world: Path, tmp_path:
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
-    ("path", "name"), [("run/default", "default"), ("run/checkpoints/*", "default"), ("run/default/last", "last")]
+    ("path", "name"), [("run/default", "default"), ("run/checkpoints/*", "default"), ("run/default/last", "default")]
 )
 def test_a_job_a_checkpoint_and_a_jobs_adapter(
     command: str, path: str, name: str, world: Path, tmp_path: Path, call: Any

@@ -214,7 +214,7 @@ def load(
     path: str | Path,
     *,
     which: Literal["best", "last"] = "best",
-    adapters: Sequence[str | Path] = (),
+    adapters: Sequence[str | Path] | Mapping[str, str | Path] = (),
     chat_template: str | None = None,
     base: str | None = None,
     compile: bool = False,
@@ -225,8 +225,15 @@ def load(
     checkpoints, an adapter's folder (PEFT's too), a model's, a hub name, a .gguf file, or a LLaMA-Factory YAML, whose
     system prompt and sampling settings (temperature, top_p ...) become the defaults of every question.
 
+        model = lowrank.load("Qwen/Qwen3-0.6B", adapters=["peft/poet", "runs/first/default/best"])
+        model.generate("Hello", "poet")
+
+    Adapters are named by where they come from: one in a run's folder by its job (here "default"), any other by its
+    folder (here "poet"), one on the hub by its name without the owner.
+
     which           a run's best or last adapters
-    adapters        LoRA files (.gguf) beside a .gguf file
+    adapters        more adapters on the same base: folders (PEFT's too), runs or jobs, hub names; beside a .gguf file
+                    LoRA files. A mapping names them: `{"mild": "runs/a/default", "wild": "runs/b/default"}`
     chat_template   a built-in one or a .jinja file, instead of the run's or the tokenizer's
     base            where the base of the run or adapter is now
     compile         answer through decoder layers compiled by torch: the first steps take up to a minute
@@ -235,14 +242,21 @@ def load(
     Raises ModelError, ConfigError.
     """
     with code_allowed(allow_code):
-        names = [str(each) for each in adapters]
+        by_name = isinstance(adapters, Mapping)
+        more = {name: str(each) for name, each in adapters.items()} if by_name else [str(each) for each in adapters]
         theirs = answering_file(str(path))
         if theirs is not None:
             path, base, chat_template = theirs.model, base or theirs.base, chat_template or theirs.chat_template
             for note in theirs.notes:
                 notify(note)
-        backend, _ = open_chat_backend(
-            str(path), names, which=which, chat_template=chat_template, base=base, compile=compile, notify=notify
+        backend = open_chat_backend(
+            str(path),
+            adapters=more,
+            which=which,
+            chat_template=chat_template,
+            base=base,
+            compile=compile,
+            notify=notify,
         )
         return Model(backend) if theirs is None else Model(backend, system=theirs.system, sampling=theirs.sampling)
 

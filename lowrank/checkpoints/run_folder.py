@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
+from lowrank.checkpoints.adapter_folder import JOB_FOLDERS
 from lowrank.checkpoints.atomic import is_leftover, recover, remove, write_text
 from lowrank.checkpoints.live_commands import FOLDER as COMMANDS
 from lowrank.checkpoints.live_commands import FORMER_FOLDER as FORMER_COMMANDS
@@ -44,8 +45,6 @@ RUN_FILES = (
     SWEEP_TABLE, "optuna.db", SHARES,
 )  # fmt: skip
 """What a run writes into its folder, besides one folder per job."""
-JOB_FOLDERS = ("best", "last")
-"""What a run writes into a job's folder."""
 
 
 @dataclass

@@ -31,7 +31,8 @@ def chat(
         list[str] | None,
         typer.Option(
             "--adapter",
-            help="Who answers; r8,r64 or given twice: side by side. `base`: no adapter. With a .gguf file: LoRA files.",
+            help="Who answers; r8,r64 or given twice: side by side. `base`: no adapter. An adapter's folder is loaded "
+            "on the model; with a .gguf file: LoRA files.",
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask this one question and leave.")] = None,
@@ -65,7 +66,7 @@ def chat(
     from lowrank.cli.chat_repl import ChatRepl, read_pictures
     from lowrank.cli.warn import warn
     from lowrank.generate.request import GenerationConfig
-    from lowrank.serve.chat_backends import backend_reward_model_notice, open_chat_backend
+    from lowrank.serve.chat_backends import adapters_among, backend_reward_model_notice, open_chat_backend
 
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -78,9 +79,11 @@ def chat(
     pictures = read_pictures(image or ())  # what cannot be shown is said before the model loads
     which = "last" if last else "best"
     wanted = [name for names in adapter or () for name in names.split(",") if name]
-    backend, model_names = open_chat_backend(
+    adapters, model_names = adapters_among(wanted)
+    backend = open_chat_backend(
         model,
-        wanted,
+        adapters=adapters,
+        answering=model_names,
         which=which,
         chat_template=chat_template,
         base=base,

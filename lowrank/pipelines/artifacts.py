@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lowrank.checkpoints.adapter_folder import CONFIG_FILE, is_adapter
+from lowrank.checkpoints.adapter_folder import CONFIG_FILE, JOB_FOLDERS, check_which, is_adapter
 from lowrank.checkpoints.atomic import current
 from lowrank.checkpoints.peft_layout import read_adapter_header
-from lowrank.checkpoints.run_folder import CHECKPOINTS, JOB_FOLDERS
+from lowrank.checkpoints.run_folder import CHECKPOINTS
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
 from lowrank.checkpoints.steps import latest_checkpoint
 from lowrank.config import JobConfig, RunConfig, settings_of_run
 from lowrank.data import templates
 from lowrank.data.config import DataConfig
-from lowrank.errors import LowrankError, ModelError, did_you_mean
+from lowrank.errors import ConfigError, LowrankError, ModelError, did_you_mean, raise_all
 from lowrank.foreign_files import find_json
 from lowrank.models.config import ModelConfig, named_model
 from lowrank.notices import log_notice
 from lowrank.pipelines.resolve import ArtifactKind, Resolved, is_run, resolve
 from lowrank.report.summary import SUMMARY
 
+BASE_NAME = "base"
+"""The name of the base without adapter among the models."""
+Adapters = Sequence[str] | Mapping[str, str]
+"""Paths of adapters; with names: by these."""
 _RUN_ABOVE = 4
 """The most levels between a run's folder and an adapter in it: `<run>/checkpoints/<step>/<job>`."""
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
@@ -45,24 +49,86 @@ class ModelArtifacts:
     data_of: Mapping[str, DataConfig] = field(default_factory=dict)
     trained_base: tuple[str, Path] | None = None
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all models."""
+        return [BASE_NAME if self.trained_base is None else self.trained_base[0], *self.adapters]
+
 
 def find_artifacts(
     path: str,
     *,
     which: str = "best",
+    adapters: Adapters = (),
     chat_template: str | None = None,
     base: str | None = None,
     notify: Callable[[str], None] = log_notice,
 ) -> ModelArtifacts:
-    """Find the model and adapters that `path` names. `which`: a run's `best` or `last` adapters. `chat_template`: a
-    built-in one or a file, instead of the run's or the tokenizer's. `base`: where the base of the run or adapter is
-    now. `notify` is called with what is missing. Raises ModelError, ConfigError."""
+    """Find the model and adapters that `path` names. `which`: a run's `best` or `last` adapters. `adapters`: more of
+    them on the same base (`adapter_at`). `chat_template`: a built-in one or a file, instead of the run's or the
+    tokenizer's. `base`: where the base of the run or adapter is now. `notify` is called with what is missing. Raises
+    ModelError, ConfigError."""
+    check_which(which)
+    found = _find_named(path, which, chat_template, base, notify)
+    return _with_more(found, path, adapters, which, own_template=chat_template is not None) if adapters else found
+
+
+def _find_named(
+    path: str, which: str, chat_template: str | None, base: str | None, notify: Callable[[str], None]
+) -> ModelArtifacts:
     named = resolve(path)
     if named.of_run:
         config = settings_of_run(named.folder / RUN_CONFIG)
         jobs = config.jobs if named.job is None else [job_of(config, named.job)]
         return artifacts_of_run(named, config, jobs, which=which, chat_template=chat_template, base=base, notify=notify)
     return artifacts_of_folder(named, chat_template=chat_template, base=base)
+
+
+def _with_more(
+    found: ModelArtifacts, path: str, adapters: Adapters, which: str, *, own_template: bool
+) -> ModelArtifacts:
+    """Return `found` with more adapters. ConfigError with all of them that are none, or have a name that is taken."""
+    named = adapters.items() if isinstance(adapters, Mapping) else [(None, each) for each in adapters]
+    folders, problems = dict(found.adapters), list[str]()
+    data_of = dict(found.data_of)
+    for wanted, place in named:
+        try:
+            own_name, folder = adapter_at(place, "adapters", which)
+        except LowrankError as error:
+            problems.append(str(error))
+            continue
+        name = wanted or own_name
+        if name in folders and folders[name].resolve() == folder.resolve():
+            continue
+        if name in (*found.names, *folders):
+            problems.append(
+                f"{place}: {name!r} is another's name already; in Python, adapters={{'NAME': {place!r}}} gives it one"
+            )
+            continue
+        folders[name] = folder
+        if not own_template:
+            data_of[name] = data_of_adapter(folder)
+    raise_all(ConfigError, f"these adapters cannot be loaded on {path}:", problems)
+    return replace(found, adapters=folders, data_of=data_of)
+
+
+def adapter_at(path: str, setting: str, which: str = "best") -> tuple[str, Path]:
+    """Return the name and folder of the one adapter that `path` names: an adapter's folder, a run or checkpoint of one
+    job, a job, or a hub name. ModelError where there is none or more than one; `setting`: who says so."""
+    named = resolve(path)
+    if named.kind is ArtifactKind.GGUF:
+        raise ModelError(f"{setting}: {path} is in llama.cpp's layout, which goes beside a base that is a .gguf file")
+    if named.kind is ArtifactKind.MODEL:
+        there = "no such folder" if not named.folder.exists() else f"no {CONFIG_FILE} in it"
+        raise ModelError(f"{setting}: {path} is no adapter: {there}")
+    folder = adapter_folder(path, setting, which)
+    return (resolve(str(folder)) if named.of_run else named).name, folder
+
+
+def unused_name(name: str, taken: Collection[str]) -> str:
+    """Return `name`, or with a number where it is taken."""
+    numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
+    return next(each for each in (name, *numbered) if each not in taken)
 
 
 def artifacts_of_folder(
@@ -100,6 +166,7 @@ def artifacts_of_run(
 ) -> ModelArtifacts:
     """Return what these jobs of a run, or of one of its checkpoints, have trained so far; `notify` is called with those
     that have nothing yet. ModelError if none has."""
+    check_which(which)
     # the data of training need not exist any more, so only settings are read
     folder, first = named.folder, jobs[0]
     settings = {job.name: _with_template(job.data, chat_template) for job in jobs}
@@ -221,9 +288,9 @@ def _with_adapters_found(job: JobConfig) -> JobConfig:
     return job.model_copy(update=changes) if changes else job
 
 
-def adapter_folder(path: str, setting: str) -> Path:
+def adapter_folder(path: str, setting: str, which: str = "best") -> Path:
     """Return the folder of the one adapter that `path` names: an adapter's folder, a run or checkpoint of one job, a
-    job, or a hub name. Any other path is returned as it is, and refused when it is read."""
+    job, or a hub name. Any other path is returned as it is, and refused when it is read. `which`: of a job."""
     named = resolve(path)
     if not named.of_run:
         return named.folder
@@ -235,7 +302,7 @@ def adapter_folder(path: str, setting: str) -> Path:
             f"{setting}: {path} is {named.kind.value} of {len(names)} jobs; name one: {', '.join(names)}, as "
             f"{path}/{first.name}"
         )
-    found = None if first.trains_base else _trained(named, first, "best")
+    found = None if first.trains_base else _trained(named, first, which)
     if found is None:
         raise ModelError(f"{setting}: {path} holds no trained adapter yet")
     return found

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import lowrank.models.loading.pretrained as loading
+from lowrank.checkpoints.adapter_folder import check_which
 from lowrank.checkpoints.own_tokens import learn_tokens
 from lowrank.checkpoints.peft_layout import AdapterOnDisk, load_adapter
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
@@ -34,6 +35,7 @@ from lowrank.pipelines.artifacts import (
     artifacts_of_folder,
     artifacts_of_run,
     job_of,
+    unused_name,
 )
 from lowrank.pipelines.resolve import ArtifactKind, Resolved, resolve
 from lowrank.planning.simulation import read_config
@@ -87,6 +89,7 @@ def open_source(
     `adapters`: names of a run's jobs, or more adapter folders of the same base; several are combined. Without a name a
     run gives its best job. Raises ModelError, ConfigError.
     """
+    check_which(which)
     named = resolve(path)
     if named.of_run:
         return _of_run(named, adapters, which, combination, chat_template, notify, base)
@@ -141,10 +144,18 @@ def _of_adapters(
 ) -> ResolvedSource:
     first = named[0]
     found = artifacts_of_folder(replace(first, kind=ArtifactKind.ADAPTER), chat_template=chat_template, base=base)
-    folders = {each.name: each.folder for each in named}
+    folders = _by_name(named)
     found = replace(found, data=found.data_of.get(first.name, found.data), adapters=folders)
-    adapter = _combined([(each.name, each.folder) for each in named], found.model, combination, notify)
+    adapter = _combined(list(folders.items()), found.model, combination, notify)
     return _described("+".join(folders), first.folder, found, adapter, {}, notify=notify)
+
+
+def _by_name(named: Sequence[Resolved]) -> dict[str, Path]:
+    """The folders of adapters by their names; jobs of several runs may have one name, which then gets a number."""
+    folders: dict[str, Path] = {}
+    for each in named:
+        folders[unused_name(each.name, folders)] = each.folder
+    return folders
 
 
 def _combined(

@@ -31,13 +31,10 @@ from lowrank.generate.sampler import GenerationConfig, Prompt, answer_all
 from lowrank.models.base import Base
 from lowrank.notices import log_notice
 from lowrank.pipelines.adapter_on_base import refuse_before_loading
-from lowrank.pipelines.artifacts import ModelArtifacts, data_of_adapter, find_artifacts
+from lowrank.pipelines.artifacts import BASE_NAME, Adapters, ModelArtifacts, data_of_adapter, find_artifacts
 from lowrank.pipelines.media import attach_media_encoder
 from lowrank.records import Conversation, Picture, Rated
 from lowrank.third_party import code_allowed
-
-BASE_NAME = "base"
-"""The name of the base without adapter among the models."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,7 @@ class InferenceModel:
 
     def slot(self, name: str) -> int:
         """Return the slot of a model. ModelError for an unknown name."""
-        if name not in self.slots:
-            raise ModelError(f"there is no adapter {name!r} here{did_you_mean(name, self.slots)}")
+        refuse_unknown(name, self.slots)
         return self.slots[name]
 
     def renderer_of(self, name: str) -> Renderer:
@@ -200,10 +196,19 @@ class InferenceModel:
         return config.model_copy(update={"max_new_tokens": reach - length})
 
 
+def refuse_unknown(name: str, names: Iterable[str]) -> None:
+    """ModelError for a name that is not among those of the models."""
+    known = list(names)
+    if name not in known:
+        raise ModelError(f"there is no adapter {name!r} here{did_you_mean(name, known)}")
+
+
 def open_inference_model(
     path: str,
     *,
     which: str = "best",
+    adapters: Adapters = (),
+    answering: Sequence[str] = (),
     chat_template: str | None = None,
     base: str | None = None,
     compile: bool = False,
@@ -213,12 +218,17 @@ def open_inference_model(
     """Load the model that `path` names: a run folder (all its jobs), one of its checkpoints, an adapter folder, or a
     model.
 
-    `which`: a run's `best` or `last` adapters. `chat_template`: a built-in one or a file, instead of the run's or
-    the tokenizer's. `base`: where the adapters' base is now. `compile`: answer through compiled decoder layers.
+    `which`: a run's `best` or `last` adapters. `adapters`: more of them on the same base. `answering`: names that must
+    be among the models, which is checked before any is loaded. `chat_template`: a built-in one or a file, instead of
+    the run's or the tokenizer's. `base`: where the adapters' base is now. `compile`: answer through compiled layers.
     `allow_code`: the model's own code, or an adapter's, may run. Raises ModelError, ConfigError.
     """
     with code_allowed(allow_code):
-        found = find_artifacts(path, which=which, chat_template=chat_template, base=base, notify=notify)
+        found = find_artifacts(
+            path, which=which, adapters=adapters, chat_template=chat_template, base=base, notify=notify
+        )
+        for name in answering:
+            refuse_unknown(name, found.names)
         loaded = _load_found(found, notify)
     if compile:
         loaded.compiled = CompiledDecoding(loaded.base, loaded.bank, notify)

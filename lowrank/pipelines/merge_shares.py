@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowrank.checkpoints.adapter_folder import JOB_FOLDERS
 from lowrank.checkpoints.atomic import current, new_file, new_folder, write_text
-from lowrank.checkpoints.run_folder import CHECKPOINTS, CONFIG, JOB_FOLDERS, METRICS, open_merged_folder
+from lowrank.checkpoints.run_folder import CHECKPOINTS, CONFIG, METRICS, open_merged_folder
 from lowrank.checkpoints.shared_folder import read_assignment, share_folders
 from lowrank.checkpoints.steps import latest_checkpoint, read_top
 from lowrank.config import settings_of_run

@@ -15,7 +15,7 @@ from typing import Any
 
 import huggingface_hub
 
-from lowrank.checkpoints.adapter_folder import CONFIG_FILE, is_adapter
+from lowrank.checkpoints.adapter_folder import CONFIG_FILE, JOB_FOLDERS, is_adapter
 from lowrank.checkpoints.run_folder import CONFIG as RUN_CONFIG
 from lowrank.checkpoints.steps import STATE_FILE
 from lowrank.errors import ModelError
@@ -54,6 +54,7 @@ class Resolved:
     hub; a hub model's name; a GGUF file."""
     checkpoint: Path | None = None
     job: str | None = None
+    """The job that is named, or whose adapter is."""
 
     @property
     def of_run(self) -> bool:
@@ -62,8 +63,10 @@ class Resolved:
 
     @property
     def name(self) -> str:
-        """The name of an adapter or model. It is taken from the path, since folders in the hub's cache are named by
-        commits."""
+        """The name of an adapter or model: of an adapter in a run's folder that of its job. Others' is taken from the
+        path, since folders in the hub's cache are named by commits."""
+        if self.kind is ArtifactKind.ADAPTER and self.job is not None:
+            return self.job
         return Path(self.path).name or self.folder.resolve().name or self.path
 
 
@@ -78,7 +81,7 @@ def resolve(path: str, *, revision: str | None = None) -> Resolved:
     if is_run(folder):
         return Resolved(path, ArtifactKind.RUN, folder)
     if is_adapter(folder):
-        return Resolved(path, ArtifactKind.ADAPTER, folder)
+        return Resolved(path, ArtifactKind.ADAPTER, folder, job=_job_of_adapter(folder.resolve()))
     whole = folder.resolve()
     if (folder / STATE_FILE).is_file() and is_run(whole.parent.parent):
         return Resolved(path, ArtifactKind.CHECKPOINT, whole.parent.parent, checkpoint=folder)
@@ -144,6 +147,12 @@ def _job_names(folder: Path) -> list[str]:
     jobs = (_run_settings(folder) or {}).get("jobs")
     named = [job for job in jobs if isinstance(job, dict) and "name" in job] if isinstance(jobs, list) else []
     return [str(job["name"]) for job in named]
+
+
+def _job_of_adapter(folder: Path) -> str | None:
+    """The job whose `best` or `last` this folder is; None for other adapters."""
+    job = folder.parent.name
+    return job if folder.name in JOB_FOLDERS and job in _job_names(folder.parent.parent) else None
 
 
 def _refuse_no_path(path: str) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lowrank import __version__
+from lowrank.checkpoints.adapter_folder import JOB_FOLDERS
 from lowrank.checkpoints.atomic import write_text
-from lowrank.checkpoints.run_folder import JOB_FOLDERS, METRICS
+from lowrank.checkpoints.run_folder import METRICS
 from lowrank.report.curve import Curve
 from lowrank.report.events import EvalDone, Event, JobFinished, JobStarted, RunStarted, StepDone
 from lowrank.report.process_memory import memory_use

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from lowrank.checkpoints.adapter_folder import check_which, is_adapter
 from lowrank.data.chat.placeholders import media_in
-from lowrank.errors import ConfigError, ModelError, did_you_mean
+from lowrank.errors import ConfigError, ModelError, raise_all
 from lowrank.generate.request import Answer, GenerationConfig, TokenChunk
-from lowrank.pipelines.inference import InferenceModel, RenderedPrompt, open_inference_model, reward_model_notice
+from lowrank.pipelines.artifacts import BASE_NAME, Adapters, adapter_at, unused_name
+from lowrank.pipelines.inference import (
+    InferenceModel,
+    RenderedPrompt,
+    open_inference_model,
+    refuse_unknown,
+    reward_model_notice,
+)
 from lowrank.pipelines.resolve import is_gguf
 from lowrank.records import Conversation
 from lowrank.serve.api.http_errors import ApiError
@@ -62,8 +71,7 @@ class GgufChatBackend:
 
     def slot(self, name: str) -> int:
         """Its place among the names."""
-        if name not in self.names:
-            raise ModelError(f"there is no adapter {name!r} here{did_you_mean(name, self.names)}")
+        refuse_unknown(name, self.names)
         return self.names.index(name)
 
     def answers(
@@ -114,27 +122,74 @@ class GgufChatBackend:
 
 def open_chat_backend(
     path: str,
-    model_names: Sequence[str],
     *,
     which: str,
     chat_template: str | None,
     notify: Callable[[str], None],
+    adapters: Adapters = (),
+    answering: Sequence[str] = (),
     base: str | None = None,
     compile: bool = False,
-) -> tuple[ChatBackend, list[str]]:
-    """The models at `path`, and those of `model_names` among them by their full names. ConfigError for options that a
-    .gguf file does not have."""
+) -> ChatBackend:
+    """The models at `path`, and more `adapters` on the same base: paths as `open_inference_model` takes them; beside a
+    .gguf file LoRA files. `answering`: names that must be among them. ConfigError for options that a .gguf file does
+    not have."""
+    check_which(which)
     if not is_gguf(path):
-        trained = open_inference_model(
-            path, which=which, chat_template=chat_template, base=base, compile=compile, notify=notify
+        return open_inference_model(
+            path,
+            which=which,
+            adapters=adapters,
+            answering=answering,
+            chat_template=chat_template,
+            base=base,
+            compile=compile,
+            notify=notify,
         )
-        return trained, list(model_names)
     if compile:
         raise ConfigError(f"compile: {path} is run by llama.cpp, which has no layers to compile; leave it out")
     if which == "last":
         raise ConfigError(f"--last chooses among the adapters of a run, and {path} is a single model; leave it out")
-    files = {Path(name).stem: Path(name) for name in model_names if is_gguf(name)}
+    files = _lora_files(path, adapters)
+    for name in answering:
+        refuse_unknown(name, (BASE_NAME, *files))
     engine = LlamaCppEngine(
         Path(path), adapters=files, max_num_seqs=1, kv_cache_tokens=_CACHE_TOKENS, chat_template=chat_template
     )
-    return GgufChatBackend(engine), [Path(name).stem if is_gguf(name) else name for name in model_names]
+    return GgufChatBackend(engine)
+
+
+def adapters_among(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Those of `names` that are paths of adapters, by the names that they get (of two with one name the second has a
+    number); and all of `names` with these instead. What has a separator in it, ends in .gguf or is an adapter's folder
+    is a path. ModelError for a path without an adapter."""
+    paths: dict[str, str] = {}
+    found = []
+    for given in dict.fromkeys(names):
+        if is_gguf(given):
+            found.append(Path(given).stem)
+        elif "/" in given or os.sep in given or is_adapter(Path(given)):
+            found.append(unused_name(adapter_at(given, "--adapter")[0], paths))
+        else:
+            found.append(given)
+            continue
+        paths[found[-1]] = given
+    return paths, found
+
+
+def _lora_files(path: str, adapters: Adapters) -> dict[str, Path]:
+    """LoRA files by name. ConfigError for those that are in another layout, or have one name."""
+    named = list(adapters.items() if isinstance(adapters, Mapping) else [(Path(each).stem, each) for each in adapters])
+    problems = [
+        f"{each}: not in llama.cpp's layout, as a LoRA beside a .gguf file has to be; `lowrank export {each} --to "
+        "lora_gguf` writes it so"
+        for _, each in named
+        if not is_gguf(each)
+    ]
+    problems += [
+        f"{each}: {name!r} is another's name already; in Python, adapters={{'NAME': {each!r}}} gives it one"
+        for number, (name, each) in enumerate(named)
+        if name in (BASE_NAME, *(other for other, _ in named[:number]))
+    ]
+    raise_all(ConfigError, f"these adapters cannot be loaded on {path}:", problems)
+    return {name: Path(each) for name, each in named}

@@ -69,7 +69,7 @@ def chat(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
 
 @pytest.mark.parametrize(
     ("target", "model_name"),
-    [("model", "base"), ("run", "r4"), ("run/中文/best", "best"), ("full", "default"), ("full/default/last", "base")],
+    [("model", "base"), ("run", "r4"), ("run/中文/best", "中文"), ("full", "default"), ("full/default/last", "base")],
 )
 def test_it_talks_to_models_runs_and_adapters(
     world: Path, capsys: pytest.CaptureFixture[str], target: str, model_name: str
@@ -87,6 +87,10 @@ def test_every_adapter_answers_as_itself(world: Path, capsys: pytest.CaptureFixt
     assert answers["中文"] != answers["base"]
     alone, _ = chat(capsys, str(world / "run" / "中文" / "best"), "-p", "Say 3", "--json")
     assert json.loads(alone)["answer"] == answers["中文"]
+    beside = f"{world / 'run' / '中文' / 'best'},base"
+    out, _ = chat(capsys, str(world / "model"), "--adapter", beside, "-p", "Say 3", "--json")
+    rows = map(json.loads, out.splitlines())
+    assert {row["adapter"]: row["answer"] for row in rows} == {name: answers[name] for name in ("中文", "base")}
 
 
 def test_a_checkpoint_in_the_middle_of_training_talks(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,10 +66,11 @@ def test_base_and_lora_file_answer_as_in_torch(
 def test_a_conversation(world: tuple[Path, InferenceModel], capsys: pytest.CaptureFixture[str]) -> None:
     """Streaming, history, /base, /system, /template and mistakes, on one open file."""
     folder, trained = world
-    backend, model_names = open_chat_backend(
-        str(folder / "tiny.gguf"), [str(folder / "one.gguf")], which="best", chat_template=None, notify=print
+    lora = [str(folder / "one.gguf")]
+    backend = open_chat_backend(
+        str(folder / "tiny.gguf"), adapters=lora, which="best", chat_template=None, notify=print
     )
-    talk = ChatRepl(backend, GenerationConfig(max_new_tokens=8), system="Be brief.", model_names=model_names)
+    talk = ChatRepl(backend, GenerationConfig(max_new_tokens=8), system="Be brief.", model_names=["one"])
     with talk.console.capture() as captured:
         talk.send(QUESTION)
         talk.run_command("/base")

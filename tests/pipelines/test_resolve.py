@@ -58,7 +58,7 @@ def test_inside_of_what_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(run / "a")
     assert resolve(".") == Resolved(".", ArtifactKind.JOB, run, job="a")
     monkeypatch.chdir(run / "a" / "best")
-    assert (resolve(".").kind, resolve(".").name) == (ArtifactKind.ADAPTER, "best")
+    assert (resolve(".").kind, resolve(".").name) == (ArtifactKind.ADAPTER, "a")
     monkeypatch.chdir(run / "checkpoints" / "step-000002")
     assert (resolve(".").kind, resolve(".").folder) == (ArtifactKind.CHECKPOINT, run)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowrank.checkpoints.adapter_folder import check_which
 from lowrank.errors import ConfigError, ModelError, OutputError, did_you_mean, raise_all
 from lowrank.notices import log_notice
 from lowrank.third_party import load_code, names_code
@@ -48,6 +49,9 @@ class ServingOptions:
     """Where the base of the run or adapter is now."""
     compile: bool = False
     """Answer through compiled decoder layers (`GeneratorConfig.compile`)."""
+
+    def __post_init__(self) -> None:
+        check_which(self.which)
 
 
 Notify = Callable[[str], None]
