@@ -6,6 +6,7 @@ settings say objective: {type: "__main__:Focal"}      objects=[Focal()]      -> 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -55,10 +56,30 @@ def given_again(objects: Sequence[Any], settings: Mapping[str, Any]) -> GivenAga
 
 
 def refuse_missing(settings: Mapping[str, Any], run: str) -> None:
-    """ConfigError for code that `settings` name and that neither was given nor may be imported."""
-    problems = [f"{place}: {name!r}" for place, name in code_named(settings) if not may_run(name)]
+    """ConfigError for code that `settings` name and that neither was given nor may be imported: a line for each name,
+    with all places that have it."""
+    places: dict[str, list[str]] = {}
+    for place, name in code_named(_as_trained(settings)):
+        if not may_run(name):
+            places.setdefault(name, []).append(place)
+    problems = [f"{', '.join(where)}: {_described(name)}" for name, where in places.items()]
     heading = f"{run} was trained with code that does not come with lowrank; {PASS_OBJECTS_HINT}. "
     raise_all(ConfigError, f"{heading}What can be imported: {ALLOW_CODE_HINT}", problems)
+
+
+def _as_trained(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` without what stands at the top for jobs, each of which has it too; of one job without its number."""
+    jobs = [job for job in settings.get("jobs") or () if isinstance(job, Mapping)]
+    in_jobs = {key for job in jobs for key in job} | {"jobs"}
+    top = {key: value for key, value in settings.items() if key not in in_jobs}
+    return {**top, **jobs[0]} if len(jobs) == 1 else {**top, "jobs": jobs}
+
+
+def _described(name: str) -> str:
+    """The name, and of a lambda (`name_of`) what tells it from others."""
+    if re.search(r"(^|_)anonymous(_\d+)?$", name.partition(":")[2]):
+        return f"{name!r}, a lambda; several are told apart by their order in objects=[...]"
+    return repr(name)
 
 
 def _is_named(thing: Any) -> bool:

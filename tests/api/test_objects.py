@@ -50,6 +50,26 @@ def test_each_is_known_by_its_name_and_rows_by_their_content() -> None:
         refuse_missing(settings, "runs/own")
 
 
+def test_what_is_missing_stands_there_once_with_all_its_places() -> None:
+    """Settings as config.json has them: what the top says stands in each job, too."""
+    objective = {"type": "grpo", "reward_funcs": ["own:main_anonymous", "own:main_anonymous_2", "own:short"]}
+    job = {"objective": objective, "data": {"train": [{"path": "memory:1", "format": "own:turned"}]}}
+    top = {**job, "report_to": ["own:Report"], "output_dir": "x"}
+    of_lambda = "a lambda; several are told apart by their order in objects=[...]"
+    with pytest.raises(lowrank.ConfigError) as caught:
+        refuse_missing({**top, "jobs": [job]}, "runs/own")
+    assert caught.value.problems == (
+        "report_to.0: 'own:Report'",
+        f"objective.reward_funcs.0: 'own:main_anonymous', {of_lambda}",
+        f"objective.reward_funcs.1: 'own:main_anonymous_2', {of_lambda}",
+        "objective.reward_funcs.2: 'own:short'",
+        "data.train.0.format: 'own:turned'",
+    )
+    with pytest.raises(lowrank.ConfigError) as caught:
+        refuse_missing({**top, "jobs": [{**job, "name": "a"}, {"name": "b", "data": job["data"]}]}, "runs/own")
+    assert caught.value.problems[-1] == "jobs.0.data.train.0.format, jobs.1.data.train.0.format: 'own:turned'"
+
+
 def test_what_the_run_does_not_know_is_refused_all_at_once() -> None:
     settings = {"jobs": [{"objective": {"type": "own:Focus"}}]}
     with pytest.raises(lowrank.ConfigError) as caught:
