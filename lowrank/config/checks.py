@@ -192,7 +192,7 @@ def wrapper_conflicts(config: RunConfig) -> Iterator[str]:
 
 def _job_conflicts(config: RunConfig, job: JobConfig) -> Iterator[str]:
     if not job.data.train:
-        yield "data.train: nothing to learn from; give a file, a folder or a hub name"
+        yield "data.train: nothing to learn from; give a file, a folder, a hub name, or in Python rows"
     if job.data.streaming and job.max_steps is None:
         yield "max_steps: needed with data.streaming, since the number of rows is not known beforehand"
     if job.data.streaming and job.trains_base and needs(job.objective.build(), "reference"):

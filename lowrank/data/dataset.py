@@ -29,6 +29,7 @@ from lowrank.records import Prompted, Record, Text
 from lowrank.segments import Segment
 
 _ROWS_TO_RECOGNIZE = 100
+_MOST_PROBLEMS = 20
 
 
 class AnyRenderer(Protocol):
@@ -102,6 +103,8 @@ def open_datasets(
             opened.append(dataset)
         except DataError as error:
             problems.append(f"{use}.{number}: {error}")
+    if len(problems) > _MOST_PROBLEMS:  # as many texts, given where paths are expected
+        problems[_MOST_PROBLEMS:] = [f"and {len(problems) - _MOST_PROBLEMS} more"]
     raise_all(DataError, "the data cannot be used", problems)
     return opened
 

@@ -157,7 +157,9 @@ def examine(
 
 def _check_settings(config: DataConfig) -> None:
     if not config.train:
-        raise DataError("data.train: no dataset to train on; give at least one file, folder or hub name")
+        raise DataError(
+            "data.train: no dataset to train on; give at least one file, folder or hub name, or in Python rows"
+        )
     if config.streaming and config.tokenized_path is not None:
         raise DataError("data.tokenized_path: a stream is not kept; leave streaming or tokenized_path out")
     if config.streaming and config.validation_split and not config.eval:

@@ -38,6 +38,8 @@ def with_date(config: RunConfig, settings: dict[str, Any] | None, now: date | No
     return config.model_copy(update={"jobs": jobs})
 
 
+_LENGTH = "data.max_length"
+"""What findings and errors about the length of rows name."""
 _ON_TOO_LONG = {
     "truncate": "cut at their end",
     "drop": "left out",
@@ -69,8 +71,9 @@ def prepare_all(
 
     try:
         data = _prepare_jobs(within, tokenizer, report, strict, {} if read is None else read)
-    except DataError:  # it may be about data.max_length, so the limits are reported first
-        notify_all(described)
+    except DataError as error:
+        if _LENGTH in str(error):  # the limit that rows are too long for is reported first
+            notify_all(described)
         raise
     notify_all(text for text, job, cut, prepared in zip(described, jobs, within, data) if _concerns(job, cut, prepared))
     notify_all(_settings_of_media(jobs, model, data))
@@ -106,7 +109,7 @@ def _concerns(job: JobConfig, cut: JobConfig, prepared: Prepared) -> bool:
     if job.data.max_length != type(job.data).model_fields["max_length"].default or job.data.streaming:
         return True
     segments = (segment for sample in (*prepared.train.samples, prepared.eval) for segment in sample)
-    lost = any("data.max_length" in text for text in prepared.report.losses)
+    lost = any(_LENGTH in text for text in prepared.report.losses)
     return lost or any(len(segment) >= cut.data.max_length for segment in segments)
 
 

@@ -85,6 +85,31 @@ def test_rows_that_are_none_say_so(tmp_path: Path) -> None:
     assert "row 26: a object" in str(problems[1])
 
 
+def test_texts_in_the_place_of_rows_are_answered_with_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    def refused(data: Any) -> list[str]:
+        with pytest.raises(lowrank.DataError) as caught:
+            lowrank.train(**{**settings(output_dir=tmp_path / "x"), "data": data})
+        return str(caught.value).splitlines()
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    as_rows = 'text itself is given as rows, in Python data=[{"text": "..."}]'
+    texts = refused(["a", "How are you?", *["Fine, thanks."] * 30])
+    assert len(texts) == 22
+    assert texts[1].startswith("  - train.0: there is no file or folder a, and 'a' cannot be loaded from the hub")
+    assert texts[1].endswith(as_rows)
+    assert texts[2] == f"  - train.1: there is no file or folder How are you?; {as_rows}"
+    assert texts[-1] == "  - and 12 more"
+    assert refused("Once upon a time " * 40)[1].endswith(as_rows)
+    assert as_rows not in refused("my rows.json")[1]
+    expected = f"data: rows are dicts, and the first of these is a str; {as_rows}"
+    assert refused(iter(["a", "b"])) == refused({"train": {"rows": ["a"]}}) == [expected]
+    with pytest.raises(lowrank.ConfigError, match="give a file, a folder, a hub name, or in Python rows"):
+        lowrank.RunConfig(**settings(data={"train": []}, output_dir="x"))
+
+
 def test_rows_in_memory_go_by_the_argument_they_were_given_as(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def refused_rows(**given: Any) -> list[str]:
         with pytest.raises(lowrank.DataError) as caught:

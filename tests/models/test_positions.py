@@ -59,9 +59,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read(world: Path, model: Any, **data: Any) -> tuple[list[int], list[str]]:
+def read(world: Path, model: Any, received: list[Event] | None = None, **data: Any) -> tuple[list[int], list[str]]:
     """(lengths of the segments, warnings)."""
-    received: list[Event] = []
+    received = [] if received is None else received
     given = {"model": model, "data": {"train": str(world / "a.json"), **data}, "output_dir": str(world / "o")}
     config = validate_settings(given)
     from lowrank.models.loading.pretrained import load_tokenizer
@@ -97,6 +97,17 @@ def test_other_ways_with_long_rows(world: Path) -> None:
     assert "are left out" in read(world, str(world / "gpt2"), on_too_long="drop")[1][0]
     with pytest.raises(DataError):
         read(world, str(world / "gpt2"), strict=True)
+
+
+def test_errors_about_something_else_come_without_the_limit(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text(json.dumps([{"a": 1}]))
+    received: list[Event] = []
+    with pytest.raises(DataError, match=r"no column plays the part|format not recognized"):
+        read(world, str(world / "gpt2"), received, train=str(tmp_path / "other.json"))
+    assert not received
+    with pytest.raises(DataError, match=r"longer than data\.max_length"):
+        read(world, str(world / "gpt2"), received, on_too_long="error")
+    assert [type(event) for event in received] == [Notice]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

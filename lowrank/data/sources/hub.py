@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lowrank.data.sources.places import shown
+from lowrank.data.sources.places import TEXT_AS_ROWS, shown
 from lowrank.data.sources.undecoded import undecoded_rows
 from lowrank.errors import DataError
 from lowrank.hub_reach import cache_alone, unreachable
@@ -28,6 +28,7 @@ def rows_of(path: str, split: str, subset: str | None, streaming: bool) -> Itera
             dataset = datasets.load_dataset(path, name=subset, split=split, streaming=streaming and away is None)
     except Exception as error:  # whatever the network, the hub, or a data file there brings
         detail = away or " ".join(str(error).split())[:300]
+        detail += "" if "/" in path else f"; {TEXT_AS_ROWS}"
         raise DataError(
             f"there is no file or folder {shown(path)}, and {path!r} cannot be loaded from the hub {what}: {detail}"
         ) from error

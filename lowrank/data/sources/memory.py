@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 from lowrank.data.config import DataConfig, SourceConfig
 from lowrank.data.formats.columns import RowProblem
 from lowrank.data.sources.json_files import Item
+from lowrank.data.sources.places import TEXT_AS_ROWS
 from lowrank.data.sources.readers import without_filled
 from lowrank.data.sources.undecoded import undecoded_rows
 from lowrank.errors import DataError
@@ -37,10 +38,14 @@ class RowsInMemory:
     def __init__(self, rows: RowsLike) -> None:
         digest = hashlib.blake2b(digest_size=12)
         self._texts: list[bytes] = []
+        first, are_rows = None, False
         for number, row in enumerate(_each(rows), start=1):
+            first, are_rows = row if number == 1 else first, are_rows or isinstance(row, Mapping)
             text = _encoded(row, number)
             digest.update(len(text).to_bytes(8, "little") + text)
             self._texts.append(text)
+        if self._texts and not are_rows:
+            raise DataError(f"data: rows are dicts, and the first of these is a {type(first).__name__}; {TEXT_AS_ROWS}")
         self.path = f"{IN_MEMORY}{digest.hexdigest()}"
 
     def __len__(self) -> int:

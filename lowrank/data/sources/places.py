@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,9 @@ from typing import Literal
 from lowrank.errors import DataError
 
 Kind = Literal["file", "folder", "pipe", "nothing"]
+
+TEXT_AS_ROWS = 'text itself is given as rows, in Python data=[{"text": "..."}]'
+"""What a person may have meant who gives a text where a path is expected."""
 
 STANDARD_INPUT = ("-", "/dev/stdin")
 """Names of what comes through the standard input."""
@@ -57,7 +61,8 @@ def _os_problem(path: Path, error: OSError) -> str | None:
     if error.errno == errno.ELOOP:
         return f"{name}: a symbolic link that leads in a circle, so there is no file behind it; make the link anew"
     if error.errno == errno.ENAMETOOLONG:
-        return f"{name}: no path of a file: it has {len(str(path)):,} characters, longer than the system allows"
+        hint = f"; {TEXT_AS_ROWS}" if looks_like_text(str(path)) else ""
+        return f"{name}: no path of a file: it has {len(str(path)):,} characters, longer than the system allows{hint}"
     if error.errno == errno.EACCES:
         return f"{name}: you may not look into its folder (permission denied); see `chmod +x`"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
@@ -65,6 +70,11 @@ def _os_problem(path: Path, error: OSError) -> str | None:
             return f"{name}: a symbolic link to {shown(os.readlink(path))}, which is not there"
         return None
     return f"{name}: cannot be read: {error.strerror}"
+
+
+def looks_like_text(path: str) -> bool:
+    """Whether what names nothing that is there may be a text rather than a name: words, and no ending of a file."""
+    return len(path.split()) > 1 and re.search(r"\.\w{1,8}$", path) is None
 
 
 def is_pattern(path: str) -> bool:

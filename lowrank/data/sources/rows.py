@@ -20,7 +20,7 @@ from lowrank.data.sources.folders import files_of
 from lowrank.data.sources.hub import HUB_NAME, folder_of_files, rows_of
 from lowrank.data.sources.json_files import Item
 from lowrank.data.sources.memory import IN_MEMORY, rows_in_memory
-from lowrank.data.sources.places import STANDARD_INPUT, WHOLE, is_pattern, kind_at, shown
+from lowrank.data.sources.places import STANDARD_INPUT, TEXT_AS_ROWS, WHOLE, is_pattern, kind_at, looks_like_text, shown
 from lowrank.data.sources.readers import is_data, read_file, without_filled
 from lowrank.data.sources.spooled import from_pipe, naming_sources
 from lowrank.errors import DataError, did_you_mean
@@ -144,7 +144,7 @@ def _rows(source: SourceConfig, streaming: bool, root: Path | None, note: Note) 
     elif kind == "folder":
         for file in files_of(path, source.split, source.subset, note):
             yield from _file(source, file, note, streaming)
-    elif is_pattern(source.path):
+    elif is_pattern(source.path) and not (looks_like_text(source.path) and not _names_of(path)):
         _refuse_choice(source, "a pattern of files")
         for file in _matching(path):
             yield from _file(source, file, note, streaming)
@@ -166,7 +166,7 @@ def _refuse_choice(source: SourceConfig, what: str) -> None:
 
 def _matching(path: Path) -> list[Path]:
     """The data files that a pattern names, in the order of their names; folders stand for no files."""
-    found = sorted(Path(name) for name in islice(iglob(str(path), recursive=True), _MOST_MATCHES))
+    found = _names_of(path)
     files = [file for file in found if kind_at(file) == "file" and is_data(file)]
     if not files:
         what = f"none of the {len(found)} it names is a data file" if found else "no file has such a name"
@@ -174,6 +174,11 @@ def _matching(path: Path) -> list[Path]:
             f"{shown(path)}: {what}; a pattern is written as data/*.jsonl, or data/**/*.jsonl with folders below"
         )
     return files
+
+
+def _names_of(path: Path) -> list[Path]:
+    """What a pattern names, in the order of names."""
+    return sorted(Path(name) for name in islice(iglob(str(path), recursive=True), _MOST_MATCHES))
 
 
 def _file(source: SourceConfig, path: Path, note: Note, streaming: bool) -> Iterator[Row]:
@@ -215,6 +220,8 @@ def _check_hub_name(source: SourceConfig, path: Path) -> None:
         return
     beside = path.parent.iterdir() if kind_at(path.parent) == "folder" else ()
     hint = did_you_mean(path.name, [file.name for file in beside if is_data(file)])
+    if looks_like_text(source.path):
+        raise DataError(f"there is no file or folder {shown(source.path)}; {TEXT_AS_ROWS}")
     raise DataError(f"there is no file or folder {shown(path.absolute())}{hint[:500]}")
 
 
