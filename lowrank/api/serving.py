@@ -90,7 +90,7 @@ def serve(
     engine     a file of lowrank/serve/engines (`torch`, `vllm`, `llama.cpp`), or `my_module:MY_ENGINE`; `auto` takes
                the one that reads the path
     token      the API key; left out: a new one, `RunningServer.token`. Needed for a host that others can reach
-    adapters   folders of adapter folders: each is served, and more may be loaded from there
+    adapters   folders of adapter folders, or an adapter's own: each is served, and more may be loaded from there
     max_loras  adapters kept in memory; `max_num_seqs` answers in progress; `kv_cache_tokens` tokens of the KV cache
     compile    answer through decoder layers compiled by torch: the first steps take up to a minute
 

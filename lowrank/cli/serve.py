@@ -41,7 +41,10 @@ def serve(
     ] = AUTO,
     adapters: Annotated[
         list[Path] | None,
-        typer.Option("--adapters", help="A folder of adapter folders: each is served, and more may be loaded from it."),
+        typer.Option(
+            "--adapters",
+            help="A folder of adapter folders, or an adapter's own: each is served, and more may be loaded from it.",
+        ),
     ] = None,
     max_loras: Annotated[int, typer.Option(min=1, help="Adapters kept in memory; others come when asked for.")] = 32,
     max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; beyond, clients get 429.")] = 256,

@@ -20,7 +20,7 @@ class ChatPrompt(Conversation):
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
-Question = Conversation | str | np.ndarray
+PromptType = Conversation | str | np.ndarray
 """A chat, a text to continue, or the int64 tokens (L) of such a text."""
 
 
@@ -99,7 +99,7 @@ class ServeEngine(Protocol):
         """The engine's load at this moment."""
         ...
 
-    def submit(self, name: str, question: Question, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
+    def submit(self, name: str, question: PromptType, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
         """Begin one answer for each of `configs` with model `name`."""
         ...
 

@@ -26,6 +26,11 @@ def test_the_page_is_current_and_names_everything() -> None:
     assert all(f"### lowrank.{name}" in page for name in lowrank.__all__ if name != "__version__")
 
 
+def test_no_two_things_have_one_name() -> None:
+    headings = [line for line in api_page().splitlines() if line.startswith("### ")]
+    assert [each for each in headings if headings.count(each) > 1] == []
+
+
 def test_every_type_in_a_signature_has_an_entry() -> None:
     page = api_page()
     headings = {line.rpartition(".")[2].rpartition(" ")[2] for line in page.splitlines() if line.startswith("### ")}

@@ -15,7 +15,7 @@ from lowrank.serve.api.generation_request import GenerationRequest, refuse_many
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.replies import Choice, Json, OpenAiStream, logprob_entries
 from lowrank.serve.api.requests import AnswerRequest
-from lowrank.serve.engine import Question, ServeEngine
+from lowrank.serve.engine import PromptType, ServeEngine
 from lowrank.serve.limits import RequestLimits
 
 _DEFAULT_TOKENS = 16
@@ -51,7 +51,7 @@ class CompletionRequest(AnswerRequest):
             )
         texts = listed(self.prompt, "prompt")
         refuse_many(len(texts) * self.n, limits)
-        questions: list[Question] = [text if isinstance(text, str) else np.asarray(text, np.int64) for text in texts]
+        questions: list[PromptType] = [text if isinstance(text, str) else np.asarray(text, np.int64) for text in texts]
         tokens = self.max_tokens or min(_DEFAULT_TOKENS, limits.answer_tokens)
         echoed = [self._shown(each, engine) for each in questions for _ in range(self.n)] if self.echo else []
         count, with_logprobs = len(questions) * self.n, self.logprobs is not None
@@ -68,7 +68,7 @@ class CompletionRequest(AnswerRequest):
             usage=self.stream_options.include_usage,
         )
 
-    def _shown(self, question: Question, engine: ServeEngine) -> str:
+    def _shown(self, question: PromptType, engine: ServeEngine) -> str:
         if isinstance(question, np.ndarray):
             return "".join(engine.token_text(int(token)) for token in question if 0 <= token < engine.vocabulary)
         return str(question)

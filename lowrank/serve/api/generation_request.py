@@ -10,7 +10,7 @@ from lowrank.errors import LowrankError
 from lowrank.generate.constraint import check_form
 from lowrank.generate.request import GenerationConfig, TokenChunk
 from lowrank.serve.api.http_errors import ApiError
-from lowrank.serve.engine import Question, ServeEngine
+from lowrank.serve.engine import PromptType, ServeEngine
 from lowrank.serve.limits import RequestLimits
 
 Json = dict[str, Any]
@@ -62,7 +62,7 @@ class GenerationRequest:
     """One request. `count` answers are due, `n` to each of its questions."""
 
     model: str
-    questions: Sequence[Question]
+    questions: Sequence[PromptType]
     config: GenerationConfig
     n: int
     stream: bool

@@ -14,7 +14,7 @@ from lowrank.errors import LowrankError
 from lowrank.records import Conversation
 from lowrank.segments import Media
 from lowrank.serve.api.http_errors import ApiError
-from lowrank.serve.engine import ChatPrompt, Question
+from lowrank.serve.engine import ChatPrompt, PromptType
 
 _PIECE = 8192
 """Characters that are tokenized at once, to see whether a text is too long."""
@@ -25,7 +25,7 @@ _SEAM = 16
 
 
 def tokens_of(
-    question: Question,
+    question: PromptType,
     renderer: Renderer,
     tokenizer: Any,
     vocabulary: int,
@@ -41,7 +41,7 @@ def tokens_of(
 
 
 def tokens_and_media(
-    question: Question,
+    question: PromptType,
     renderer: Renderer,
     tokenizer: Any,
     vocabulary: int,
@@ -73,7 +73,7 @@ def tokens_and_media(
 
 
 def refuse_too_long(
-    question: Question, reach: int, count: Callable[[str], int], renderer: Renderer | None = None
+    question: PromptType, reach: int, count: Callable[[str], int], renderer: Renderer | None = None
 ) -> None:
     """ApiError for what is surely longer than `reach` tokens, in time that does not grow with its length.
 
@@ -96,7 +96,7 @@ def refuse_too_long(
         raise too_long(f"at least {least}", reach, question)
 
 
-def too_long(length: str, reach: int, question: Question) -> ApiError:
+def too_long(length: str, reach: int, question: PromptType) -> ApiError:
     """The error for a prompt that fills the context by itself."""
     message = f"the conversation has {length} tokens and the model's maximum context length is {reach}"
     param = "messages" if isinstance(question, Conversation) else "prompt"

@@ -34,7 +34,7 @@ class ServingOptions:
     engine: str = AUTO
     """One of `engine_names()`, a third party's `my_module:MY_ENGINE`, or `auto`."""
     adapters: Sequence[Path] = ()
-    """Folders of adapters: each is served, and more may be loaded from there."""
+    """Folders of adapters, or an adapter's own: each is served, and more may be loaded from there."""
     max_loras: int = 32
     """Adapters kept in memory; others come when asked for."""
     max_num_seqs: int = 64

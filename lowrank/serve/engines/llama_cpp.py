@@ -29,7 +29,7 @@ from lowrank.pipelines.resolve import is_gguf
 from lowrank.records import Conversation
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.prompt_tokens import refuse_too_long, too_long
-from lowrank.serve.engine import ChatPrompt, Load, PendingAnswer, Question, ServedModel
+from lowrank.serve.engine import ChatPrompt, Load, PendingAnswer, PromptType, ServedModel
 from lowrank.serve.engines import EngineKind, Notify, ServingOptions, install
 from lowrank.serve.folders import unknown_model
 from lowrank.serve.llama_cpp_engine.answer import LlamaCppAnswer, checked
@@ -116,7 +116,7 @@ class LlamaCppEngine:
         with self._lock:
             return Load(min(len(self._answers), self._max_num_seqs), max(0, len(self._answers) - self._max_num_seqs))
 
-    def submit(self, name: str, question: Question, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
+    def submit(self, name: str, question: PromptType, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
         """ApiError for an unknown name, a question that is too long or that the chat template refuses."""
         if name not in self._names:
             raise unknown_model(name, self._names)
@@ -177,7 +177,7 @@ class LlamaCppEngine:
         """Never."""
         raise ApiError(400, "llama.cpp keeps its adapters until it ends")
 
-    def _tokens(self, question: Question) -> list[int]:
+    def _tokens(self, question: PromptType) -> list[int]:
         if isinstance(question, np.ndarray):
             return question.tolist()
         if isinstance(question, Conversation):

@@ -26,7 +26,7 @@ from lowrank.serve.adapter_cache import AdapterCache
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.prompt_tokens import tokens_and_media
 from lowrank.serve.by_renderer import ReadsByRenderer
-from lowrank.serve.engine import Load, PendingAnswer, Question, ServedModel
+from lowrank.serve.engine import Load, PendingAnswer, PromptType, ServedModel
 from lowrank.serve.engines import EngineKind, Notify, ServingOptions
 
 
@@ -108,7 +108,7 @@ class BankEngine(ReadsByRenderer):
         """At this moment."""
         return Load(self.generator.num_running, self.generator.num_waiting, self.generator.free_tokens)
 
-    def submit(self, name: str, question: Question, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
+    def submit(self, name: str, question: PromptType, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
         """ApiError for an unknown name, a question that is too long or that the chat template refuses."""
         answers: list[PendingAnswer] = []
         try:
@@ -168,7 +168,9 @@ class BankEngine(ReadsByRenderer):
             self._of_folders[key] = self._read_folder(entry.folder)
         return self._of_folders[key]
 
-    def _read(self, question: Question, renderer: Renderer, *, framed: bool = False) -> tuple[np.ndarray, Media | None]:
+    def _read(
+        self, question: PromptType, renderer: Renderer, *, framed: bool = False
+    ) -> tuple[np.ndarray, Media | None]:
         tokenizer = self.base.tokenizer
         return tokens_and_media(question, renderer, tokenizer, self.vocabulary, self._reach, framed=framed)
 

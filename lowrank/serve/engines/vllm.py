@@ -36,7 +36,7 @@ from lowrank.planning.simulation import read_config
 from lowrank.serve.api.http_errors import ApiError
 from lowrank.serve.api.prompt_tokens import tokens_of, too_long
 from lowrank.serve.by_renderer import ReadsByRenderer
-from lowrank.serve.engine import Load, PendingAnswer, Question, ServedModel
+from lowrank.serve.engine import Load, PendingAnswer, PromptType, ServedModel
 from lowrank.serve.engines import EngineKind, Notify, ServingOptions
 from lowrank.serve.folders import adapter_within, unknown_model
 from lowrank.serve.vllm_engine.adapters import AdapterVersion, VllmAdapters, refuse_own_rows
@@ -128,7 +128,7 @@ class VllmEngine(ReadsByRenderer):
         with self._lock:
             return Load(min(len(self._pending), self._max_num_seqs), max(0, len(self._pending) - self._max_num_seqs))
 
-    def submit(self, name: str, question: Question, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
+    def submit(self, name: str, question: PromptType, configs: Sequence[GenerationConfig]) -> list[PendingAnswer]:
         """ApiError for an unknown name, a question that is too long or that the chat template refuses."""
         if name != BASE_NAME and name not in self._adapters:
             raise self._unknown(name)
