@@ -96,7 +96,7 @@ def main() -> None:
                 speed = summarize([one])
                 print(
                     f"round {round_number + 1} {contender:24s} {speed['tokens_per_cpu_second']:7.1f} tokens per CPU "
-                    f"second  {speed['peak_memory_bytes'] / 2**30:5.2f} GiB  {speed['loss']}",
+                    f"second  {speed['peak_memory_bytes'] / 1e9:5.2f} GB  {speed['loss']}",
                     flush=True,
                 )
             result = {**result_of(work, runs, options), "failed": failed}

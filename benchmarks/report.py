@@ -24,7 +24,7 @@ def table(result: dict[str, Any]) -> str:
     for name, found in result["contenders"].items():
         lines.append(
             f"| {name} | {found['tokens_per_second']:.0f} | {found['tokens_per_cpu_second']:.0f} "
-            f"| {found['tokens_per_step']:.0f} | {found['peak_memory_bytes'] / 2**30:.2f} GiB "
+            f"| {found['tokens_per_step']:.0f} | {found['peak_memory_bytes'] / 1e9:.2f} GB "
             f"| {found['loss'][0]:.3f} to {found['loss'][-1]:.3f} "
             f"| {min(found['grad_norm']):.2f} to {max(found['grad_norm']):.2f} | {found['load']:.1f} |"
         )

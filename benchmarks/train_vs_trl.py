@@ -229,7 +229,7 @@ def _print_round(round_number: int, contender: str, speed: dict[str, Any]) -> No
     print(
         f"round {round_number} {contender:20s} {speed['tokens_per_second']:8.1f} tokens/s  "
         f"{speed['tokens_per_cpu_second']:8.1f} per CPU second  "
-        f"{speed['peak_memory_bytes'] / 2**30:5.2f} GiB  load {speed['load']:.1f}",
+        f"{speed['peak_memory_bytes'] / 1e9:5.2f} GB  load {speed['load']:.1f}",
         flush=True,
     )
 

@@ -87,7 +87,9 @@ def read_json(path: Path, error: type[LowrankError] = ModelError, hint: str = ""
     """The object in a JSON file. `hint` ends the sentence of an error: `; is it a model's folder?`."""
     size = check_file(path, error)
     if size > LARGEST_JSON:
-        raise error(f"{path}: {size >> 20} MB of JSON, more than the {LARGEST_JSON >> 20} MB that are read{hint}")
+        raise error(
+            f"{path}: {size / 1e6:.0f} MB of JSON, more than the {LARGEST_JSON / 1e6:.0f} MB that are read{hint}"
+        )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:

@@ -42,7 +42,7 @@ def page(result: dict[str, Any]) -> str:
 
 def _processes(row: dict[str, Any]) -> dict[str, Any]:
     return {
-        who: f"{each['tokens_per_second']:.0f} tokens/s, {each['peak_memory_bytes'] / 2**30:.1f} GiB"
+        who: f"{each['tokens_per_second']:.0f} tokens/s, {each['peak_memory_bytes'] / 1e9:.1f} GB"
         for who, each in row.items()
     }
 
@@ -84,7 +84,7 @@ def _training(row: dict[str, Any]) -> dict[str, Any]:
     for who in ("lowrank", "trl", "trl_liger"):
         speed, peak = speeds.get(who, ""), peaks.get(who)
         shown[who] = f"{speed:.0f} tokens/s" if isinstance(speed, float) else speed
-        shown[who] += f", {peak / 2**30:.1f} GiB" if peak else ""
+        shown[who] += f", {peak / 1e9:.1f} GB" if peak else ""
     last = [turn["steps"][-1] for turn in row["turns"].get("lowrank", []) if turn.get("steps")]
     if last and last[-1].get("device_allocations"):
         shown["asked the driver for memory in the last step"] = last[-1]["device_allocations"]
@@ -97,8 +97,8 @@ def _plan(row: dict[str, Any]) -> dict[str, Any]:
     measured = row["measured"]
     return {
         "shape": row["shape"], "storage": row["storage"], "tokens": row["tokens"], "recompute": row["recompute"],
-        "plan": f"{row['predicted'] / 2**30:.2f} GiB",
-        "measured": f"{measured / 2**30:.2f} GiB" if measured else "not told",
+        "plan": f"{row['predicted'] / 1e9:.2f} GB",
+        "measured": f"{measured / 1e9:.2f} GB" if measured else "not told",
         "error": f"{row['error']:+.1%}" if measured else "",
     }  # fmt: skip
 

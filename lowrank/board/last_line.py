@@ -17,7 +17,7 @@ BAR = re.compile(
 def last_lines(path: Path, number: int) -> list[str]:
     """The last whole or unfinished lines with something in them; nothing if there is no file.
 
-    At most 4 MiB from the end are read. What is no UTF-8 is replaced.
+    At most 4.2 MB from the end are read. What is no UTF-8 is replaced.
     """
     try:
         with open(path, "rb") as file:

@@ -135,5 +135,5 @@ def _content(response: Any, most: int) -> bytes:
     for part in response.iter_raw():
         data += part
         if len(data) > most:
-            raise _Refused(f"it has more than {most // 2**20} MB")
+            raise _Refused(f"it has more than {most / 1e6:.0f} MB")
     return bytes(data)

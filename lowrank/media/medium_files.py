@@ -41,7 +41,7 @@ def read_medium(path: Path, name: str, most: int, error: type[BadMedium]) -> byt
 def check_size(data: bytes, name: str, most: int, error: type[BadMedium]) -> None:
     """`error` for more than `most` bytes."""
     if len(data) > most:
-        raise error(f"{error.one} too large", f"{name} has more than {most // 2**20} MB")
+        raise error(f"{error.one} too large", f"{name} has more than {most / 1e6:.0f} MB")
 
 
 def digest_of(data: bytes) -> str:

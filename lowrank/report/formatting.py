@@ -33,14 +33,8 @@ def rough_duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def memory(num_bytes: float) -> str:
-    """`512 MiB` or `2.1 GiB`."""
-    mebibytes = num_bytes / 2**20
-    return f"{mebibytes:.0f} MiB" if mebibytes < 1000 else f"{mebibytes / 1024:.1f} GiB"
-
-
 def gigabytes(size: float) -> str:
-    """`3.1 GB`, `640 MB` (powers of ten)."""
+    """`3.1 GB`, `640 MB`: powers of ten, as everywhere that sizes are written for people."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 

@@ -79,7 +79,7 @@ def _environment() -> jinja2.Environment:
     filters.update(
         {
             "duration": formatting.duration,
-            "memory": formatting.memory,
+            "memory": formatting.gigabytes,
             "count": formatting.count,
             "loss": formatting.loss,
             "rate": formatting.rate,

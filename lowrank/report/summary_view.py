@@ -97,10 +97,10 @@ def _totals(summary: dict[str, Any]) -> Text:
     parts = [
         f"{formatting.count(summary['train_tokens'])} tokens in {formatting.duration(summary['train_seconds'])}",
         formatting.rate(summary["tokens_per_second"]),
-        f"peak memory {formatting.memory(summary['peak_memory_bytes'])}",
+        f"peak memory {formatting.gigabytes(summary['peak_memory_bytes'])}",
     ]
     if summary["peak_device_memory_bytes"] is not None:
-        parts.append(f"GPU {formatting.memory(summary['peak_device_memory_bytes'])}")
+        parts.append(f"GPU {formatting.gigabytes(summary['peak_device_memory_bytes'])}")
     return Text(" · ".join(parts), style="dim")
 
 

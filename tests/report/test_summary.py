@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,8 @@ def test_a_run_without_one_step_has_a_summary(tmp_path: Path) -> None:
         (formatting.duration(3599), "59:59"),
         (formatting.duration(7509), "2:05:09"),
         (formatting.duration(101400), "1d 04:10"),
-        (formatting.memory(2**20 * 512), "512 MiB"),
-        (formatting.memory(2**31), "2.0 GiB"),
+        (formatting.gigabytes(2**20 * 512), "537 MB"),
+        (formatting.gigabytes(2**31), "2.1 GB"),
         (formatting.count(12345), "12,345"),
         (formatting.count(4.21e6), "4.2 M"),
         (formatting.loss(float("nan")), "nan"),
@@ -197,3 +198,11 @@ def test_a_jobs_name_keeps_its_line_on_a_narrow_screen() -> None:
     shown = console.export_text()
     assert "中文任务 " in shown
     assert "Curves    runs/x/loss.png" in shown
+
+
+def test_sizes_are_in_powers_of_ten_wherever_people_read_them() -> None:
+    """One run must not be said to need 3.0 GB before and 2.8 GiB after it."""
+    binary = re.compile(r"\b[KMGT]iB\b")
+    written = (".py", ".js", ".html", ".json")
+    files = (path for path in Path(lowrank.__file__).parent.rglob("*") if path.suffix in written)
+    assert [path for path in files if binary.search(path.read_text("utf-8"))] == []

@@ -147,7 +147,7 @@ def test_live_view_says_what_a_person_wants_to_know() -> None:
         "1 skipped",
         "held-out",
         "100 tok/s",
-        "1.0 GiB, peak 2.0 GiB",
+        "1.1 GB, peak 2.1 GB",
         "14s left",
     ):
         assert part in text, part

@@ -158,7 +158,7 @@ def read(request: Request, body: SettingsText) -> Response:
     """A file as a draft: what `lowrank show` makes of it, and what it warned about."""
     board = board_of(request)
     if len(body.text.encode()) > _LONGEST_FILE:
-        raise HTTPException(413, f"a settings file of more than {_LONGEST_FILE >> 10} KiB is not read")
+        raise HTTPException(413, f"a settings file of more than {_LONGEST_FILE / 1e3:.0f} kB is not read")
     try:
         result = _run_in_worker(board, body.text, "show", topic="read")
     except Superseded:

@@ -30,7 +30,7 @@ SILENCE = 20.0
 """Seconds a named pipe may give nothing before it is given up; 15 times this for standard input, which has a writer."""
 _ALWAYS_UNPACKED = 1 << 30
 _LARGEST_RATIO = 200
-"""Bytes of text for one of the compressed file at the most, beyond the first GiB: more is no data but a trap."""
+"""Bytes of text for one of the compressed file at the most, beyond the first 1.1 GB: more is no data but a trap."""
 
 PACKED_ENDS = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _done: dict[tuple[Any, ...], Path] = {}

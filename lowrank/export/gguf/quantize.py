@@ -41,8 +41,8 @@ class Written:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(self.kinds.items(), key=lambda pair: -pair[1]))
-        size = self.path.stat().st_size / 2**20
-        return f"{self.path.name}: {size:.1f} MiB, {self.bits_per_weight:.2f} bits per weight ({kinds})"
+        size = self.path.stat().st_size / 1e6
+        return f"{self.path.name}: {size:.1f} MB, {self.bits_per_weight:.2f} bits per weight ({kinds})"
 
 
 def check_recipe(name: str) -> str:

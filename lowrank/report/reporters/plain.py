@@ -93,7 +93,7 @@ class PlainReporter:
             [
                 self._at(progress.step),
                 formatting.rate(progress.tokens_per_second),
-                formatting.memory(used),
+                formatting.gigabytes(used),
                 f"{formatting.duration(progress.seconds_left(now))} left",
             ]
         )

@@ -169,11 +169,11 @@ class LiveView:
         over = not any(job.running for job in progress.jobs.values())
         parts = [
             Text(formatting.rate(progress.tokens_per_second), style="bold"),
-            Text(f"memory {formatting.memory(memory.now)}, peak {formatting.memory(memory.peak)}"),
+            Text(f"memory {formatting.gigabytes(memory.now)}, peak {formatting.gigabytes(memory.peak)}"),
             Text(f"elapsed {formatting.duration(progress.elapsed(self.now))}"),
         ]
         if memory.device_now is not None and memory.device_peak is not None:
-            used = f"{formatting.memory(memory.device_now)}, peak {formatting.memory(memory.device_peak)}"
+            used = f"{formatting.gigabytes(memory.device_now)}, peak {formatting.gigabytes(memory.device_peak)}"
             parts.insert(2, Text(f"GPU {used}"))
         if not over:
             parts.append(Text(f"about {formatting.duration(left)} left" if left is not None else "measuring"))
