@@ -183,7 +183,7 @@ def _type_of(group: str, value: Any, objects: dict[str, Any]) -> Any:
     if group != "objective" or not any(hasattr(value, member) for member in PROTOCOL):
         if group == "adapter" and (same := from_lora_config(value)) is not None:
             raise ConfigError(f"{group}: {_kind_of(value)} cannot be used; {same}")
-        itself = " or an object with `record`, `count` and `loss`," if group == "objective" else ""
+        itself = " an object with `record`, `count` and `loss`," if group == "objective" else ""
         raise ConfigError(
             f"{group}: {_kind_of(value)} cannot be used; give{itself} a class with the attribute `Config`, its "
             f"settings (the class or an object of it), or a name: {PAGES[group]}"

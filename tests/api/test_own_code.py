@@ -341,7 +341,7 @@ def test_what_is_none_of_a_kind_is_answered_with_the_page_of_that_kind() -> None
         (text,) = problems_of(**{group: function})
         assert text.startswith(f"{group}: <function test_what")
         assert text.endswith(f"or a name: docs/{page}.md")
-    assert "an object with `record`, `count` and `loss`" in problems_of(objective=function)[0]
+    assert "; give an object with `record`, `count` and `loss`, a class with" in problems_of(objective=function)[0]
     wrong = problems_of(adapter=Focal, optimizer=Scaled)[1:]
     assert wrong == [
         "adapter: tests.api.test_own_code:Focal.Config is <class 'tests.api.test_own_code._FocalSettings'>; expected a "
