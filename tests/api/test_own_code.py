@@ -242,6 +242,12 @@ def test_classes_and_settings_classes_stand_for_their_type(given: dict[str, Any]
     assert getattr(config.jobs[0], group).type == type_name
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run folders of these tests have relative names."""
+    monkeypatch.chdir(tmp_path)
+
+
 def problems_of(**given: Any) -> list[str]:
     """Return what is refused of these settings, before a model is located: the one named here is nowhere."""
     with pytest.raises(lowrank.LowrankError) as caught:

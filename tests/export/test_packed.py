@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import lowrank.data.demo as demo
 from lowrank.adapters.variants import lora
 from lowrank.errors import ModelError
 from lowrank.export.merge.merged import Merged
+from lowrank.export.merge.weights import Weights
 from lowrank.export.source import Source
 from lowrank.export.targets.awq import AWQExportConfig
 from lowrank.export.targets.compressed_tensors import CompressedTensorsExportConfig
@@ -190,6 +193,32 @@ def test_a_base_that_is_quantized_already(config: Any, source: Source, tmp_path:
     np.testing.assert_allclose(logprobs(source, out), expected, atol=1e-4)
     with pytest.raises(ModelError, match=r"quantized already \(.*\), and twice is worse"):
         GPTQExportConfig().build().needs(onto)
+
+
+def test_threads_are_given_the_weight_they_ask_for(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two linears of one shape by turns: of a base in 4 bits gate's rows could be merged into up's, without a word.
+    What is kept is kept by one thread at a time."""
+    packed = write(Merged4bitExportConfig(calibrate=False), source, tmp_path / "packed")
+    weights = Weights(packed)
+    names = [f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up")] * 40
+    expected = {name: weights[name].read() for name in set(names)}
+    reader: Any = weights[names[0]].unpacker.reader  # type: ignore[attr-defined]
+    building, at_once, build = [0], [0], reader.build
+
+    def watched(*given: Any) -> Any:
+        building[0] += 1
+        at_once[0] = max(at_once[0], building[0])
+        time.sleep(2e-3)
+        building[0] -= 1
+        return build(*given)
+
+    monkeypatch.setattr(reader, "build", watched)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda name: torch.equal(weights[name].rows(0, 1 << 20), expected[name]), names))
+    assert found == [True] * len(names)
+    assert at_once == [1]
 
 
 def test_shards_and_what_stays(source: Source, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,23 +82,25 @@ class Weights(Mapping[str, TensorSource]):
 
 
 class _Unpacker:
-    """Keeps the weight that was asked for last: it is read in blocks of rows."""
+    """Keeps the weight that was asked for last: it is read in blocks of rows, by several threads."""
 
     def __init__(self, reader: PrequantizedReader) -> None:
         self.reader = reader
         self._last: tuple[str, torch.Tensor] | None = None
+        self._lock = threading.Lock()
 
     def weight(self, linear: str, tensors: Mapping[str, StoredTensor]) -> torch.Tensor:
         """(O, D) float32."""
-        if self._last is None or self._last[0] != linear:
-            self._last = None
-            read = {suffix: tensor.read() for suffix, tensor in tensors.items()}
-            try:
-                layer: Any = self.reader.build(linear, read, None, torch.float32)
-            except ModelError as error:
-                raise ModelError(f"{next(iter(tensors.values())).file}: {error}") from error
-            self._last = linear, layer.dense_weight().clone()
-        return self._last[1]
+        with self._lock:  # what is kept is of one linear; without it a thread was given the weight of another's
+            if self._last is None or self._last[0] != linear:
+                self._last = None
+                read = {suffix: tensor.read() for suffix, tensor in tensors.items()}
+                try:
+                    layer: Any = self.reader.build(linear, read, None, torch.float32)
+                except ModelError as error:
+                    raise ModelError(f"{next(iter(tensors.values())).file}: {error}") from error
+                self._last = linear, layer.dense_weight().clone()
+            return self._last[1]
 
 
 class _Unpacked:
