@@ -72,17 +72,18 @@ def saved_form(slot: Slot, base: Base) -> SavedAdapter:
 def file_form_problems(slot: Slot) -> list[str]:
     """Which of the tensors that an adapter's files would have are not as its `peft` declares them, so that nothing
     could read them. Layers are alike, so one is looked at."""
-    for layer in list(slot.layers.values())[:1]:
-        config = slot.config.as_saved()
-        own = saved_tensors(slot.variant, layer.masters)
-        groups = [{tensor.name for tensor in group} for group in config.peft.tensors]
-        unknown = sorted(own.keys() - {tensor.name for tensor in config.peft.all_tensors})
-        missing = sorted({name for group in groups if group & own.keys() for name in group - own.keys()})
-        place = f"{type(config).__name__}.peft ({config.peft.type})"
-        problems = [f"{', '.join(unknown)}: {place} declares no such tensor in files"] if unknown else []
-        problems += [f"{', '.join(missing)}: {place} declares it, and the variant saves none"] if missing else []
-        return problems
-    return []
+    layer = next(iter(slot.layers.values()), None)
+    if layer is None:
+        return []
+    config = slot.config.as_saved()
+    own = saved_tensors(slot.variant, layer.masters)
+    groups = [{tensor.name for tensor in group} for group in config.peft.tensors]
+    unknown = sorted(own.keys() - {tensor.name for tensor in config.peft.all_tensors})
+    missing = sorted({name for group in groups if group & own.keys() for name in group - own.keys()})
+    place = f"{type(config).__name__}.peft ({config.peft.type})"
+    problems = [f"{', '.join(unknown)}: {place} declares no such tensor in files"] if unknown else []
+    problems += [f"{', '.join(missing)}: {place} declares it, and the variant saves none"] if missing else []
+    return problems
 
 
 def load_tensors(slot: Slot, saved: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:

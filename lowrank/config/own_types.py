@@ -34,16 +34,18 @@ def objective_problems(job: JobConfig) -> list[str]:
 
 
 def _of_objective(settings: Any) -> Iterator[str]:
+    objective, problem = _built(settings, "objective")
+    yield from [problem] if problem else protocol_problems(objective)
+
+
+def _built(settings: Any, kind: str) -> tuple[Any, str | None]:
+    """What a third party's settings build, which is a `kind` in messages; or None and why they do not."""
     if not callable(getattr(settings, "build", None)):
-        yield f"{type(settings).__qualname__} has no method `build()`, which returns the objective"
-        return
-    objective: Any = None
+        return None, f"{type(settings).__qualname__} has no method `build()`, which returns the {kind}"
     try:
-        objective = settings.build()
+        return settings.build(), None
     except Exception as error:  # a third party's
-        yield f"{settings.type} cannot be built: {type(error).__name__}: {error}"
-        return
-    yield from protocol_problems(objective)
+        return None, f"{settings.type} cannot be built: {type(error).__name__}: {error}"
 
 
 def adapter_problems(job: JobConfig) -> list[str]:
@@ -62,14 +64,9 @@ def _of_adapter(settings: Any) -> Iterator[str]:
         return
     if isinstance(settings, BottleneckSettings):
         return
-    if not callable(getattr(settings, "build", None)):
-        yield f"{name} has no method `build()`, which returns the variant"
-        return
-    variant: Any = None
-    try:
-        variant = settings.build()
-    except Exception as error:  # a third party's
-        yield f"{settings.type} cannot be built: {type(error).__name__}: {error}"
+    variant, problem = _built(settings, "variant")
+    if problem:
+        yield problem
         return
     if not isinstance(variant, Variant):
         yield f"{name}.build gives {variant!r}; expected an object of a subclass of {Variant.__module__}.Variant"
