@@ -163,8 +163,8 @@ def did_you_mean(given: str, known: Iterable[str], page: str | None = None) -> s
     """`"; did you mean 'rank'?"`, or the list of what is known, or nothing. With a `page` of the documentation that has
     them all, it is named instead of more than a few."""
     names = sorted(str(name) for name in known)
-    plain = _plain(given[:200])
-    same = [name for name in names if _plain(name) == plain]
+    plain = plain_name(given[:200])
+    same = [name for name in names if plain_name(name) == plain]
     close = same or difflib.get_close_matches(given[:200], names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
@@ -175,7 +175,7 @@ def did_you_mean(given: str, known: Iterable[str], page: str | None = None) -> s
     return f"; known: {', '.join(names)}" if names else ""
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """As everybody would write it: LoRA and lora, all_linear and all-linear are one name."""
     return name.strip().lower().replace("-", "_").replace(" ", "_")
 

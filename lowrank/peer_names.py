@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from lowrank.errors import plain_name
+
 _BATCH = "the samples of a whole optimizer step, which is cut into micro-batches by itself"
 _CHECKPOINTING = "none, selective, full, sqrt, offload, or a number of layers"
 _TRAIN = "data alone is short for it"
@@ -184,21 +186,21 @@ PEER_OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
 
 def root_of(key: str) -> str | None:
     """The group or setting at the top in which the peers' `key` is here; None if it is no name of theirs alone."""
-    found = PEER_NAMES.get(_plain(key))
+    found = PEER_NAMES.get(plain_name(key))
     return None if found is None else found[0].partition(":")[0].partition(".")[0]
 
 
 def called_here(key: str, place: str = "") -> str | None:
     """`"; it is called 'adapter.rank' here"`, with what is to be known about it, for the peers' `key`. `place`: what
     stands behind the name."""
-    return _sentence(PEER_NAMES.get(_plain(key)), place)
+    return _sentence(PEER_NAMES.get(plain_name(key)), place)
 
 
 def called_in_group(key: str, known: Collection[str], owner: str = "") -> str | None:
     """The same for a `key` of a function's keywords or of a group of settings by itself, which has the settings
     `known`; `owner` is the name of the function or of the group's class."""
-    found = PEER_OPTIONS.get(owner, {}).get(_plain(key))
-    if found is None and (general := PEER_NAMES.get(_plain(key))) is not None:
+    found = PEER_OPTIONS.get(owner, {}).get(plain_name(key))
+    if found is None and (general := PEER_NAMES.get(plain_name(key))) is not None:
         path, colon, value = general[0].partition(":")
         name = path.rpartition(".")[2]
         found = (f"{name}{colon}{value}", general[1]) if name in known else None
@@ -210,7 +212,3 @@ def _sentence(found: tuple[str, str] | None, place: str = "") -> str | None:
         return None
     name, about = found
     return f"; it is called {name!r} here{place}{f': {about}' if about else ''}"
-
-
-def _plain(key: str) -> str:
-    return key.strip().lower().replace("-", "_")
